@@ -18,6 +18,7 @@ class Problem:
         hint: the fix, shown after a semicolon.
         file: the file that holds the mistake, when it came from one.
         line: its line there, counted from 1.
+        missing: it is about a key that nobody writes (which a graph with an unknown node cannot know).
 
     Example:
         >>> print(Problem(path=("phases", 0, "with"), message="unknown key 'ts_shedule'", hint="did you mean 'ts_schedule'?"))
@@ -29,6 +30,7 @@ class Problem:
     hint: str | None = None
     file: str | None = None
     line: int | None = None
+    missing: bool = False
 
     def under(self, *prefix: str | int) -> Problem:
         """The same problem, seen from a document in which this one sits at `prefix`."""
@@ -36,8 +38,9 @@ class Problem:
 
     def __str__(self) -> str:
         place = f" ({self.file}:{self.line})" if self.file and self.line else f" ({self.file})" if self.file else ""
+        where = f" @ {format_path(self.path)}{place}" if self.path or place else ""
         hint = f"; {self.hint}" if self.hint else ""
-        return f"{self.message} @ {format_path(self.path)}{place}{hint}"
+        return f"{self.message}{where}{hint}"
 
 
 class SftkError(Exception):

@@ -1,0 +1,22 @@
+"""Transforms, graphs, the registry, states and geometry."""
+
+from sftk.core.geometry import LatentShape, split_blocks
+from sftk.core.graph import Fold, Graph
+from sftk.core.registry import lookup, transforms
+from sftk.core.state import from_state, to_state
+from sftk.core.transform import FunctionTransform, Node, Transform, transform
+
+__all__ = [
+    "Fold",
+    "FunctionTransform",
+    "Graph",
+    "LatentShape",
+    "Node",
+    "Transform",
+    "from_state",
+    "lookup",
+    "split_blocks",
+    "to_state",
+    "transform",
+    "transforms",
+]

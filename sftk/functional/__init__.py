@@ -1,0 +1,80 @@
+"""Pure tensor mathematics: schedule, noise, guidance, keyed sampling, attention, caches, rollout, solvers."""
+
+from sftk.functional.attention import attention, available_backends
+from sftk.functional.cache import KVCache, append, window
+from sftk.functional.guidance import guide
+from sftk.functional.keys import Key, RecordedKey
+from sftk.functional.layout import Layout
+from sftk.functional.noise import (
+    add_noise,
+    alpha_bar,
+    flow_target,
+    flow_to_noise,
+    flow_to_x0,
+    interpolate,
+    noise_to_x0,
+    x0_to_flow,
+)
+from sftk.functional.plan import Block, Step, plan_rollout
+from sftk.functional.predict import Denoiser, predict_flow, predict_flow_teacher_forced, predict_x0, predict_x0_cfg
+from sftk.functional.rollout import (
+    begin_block,
+    commit_context,
+    commit_given,
+    denoise_step,
+    exit_step,
+    join_blocks,
+    renoise,
+    start_cache,
+    window_context,
+)
+from sftk.functional.sampling import crop_length, draw_noise, draw_timestep, drop_condition
+from sftk.functional.schedule import euler_step, shift_sigma, timestep_to_sigma, warp_steps
+from sftk.functional.solvers import ode_step, plan_ode
+
+__all__ = [
+    "Block",
+    "Denoiser",
+    "KVCache",
+    "Key",
+    "Layout",
+    "RecordedKey",
+    "Step",
+    "add_noise",
+    "alpha_bar",
+    "append",
+    "attention",
+    "available_backends",
+    "begin_block",
+    "commit_context",
+    "commit_given",
+    "crop_length",
+    "denoise_step",
+    "draw_noise",
+    "draw_timestep",
+    "drop_condition",
+    "euler_step",
+    "exit_step",
+    "flow_target",
+    "flow_to_noise",
+    "flow_to_x0",
+    "guide",
+    "interpolate",
+    "join_blocks",
+    "noise_to_x0",
+    "ode_step",
+    "plan_ode",
+    "plan_rollout",
+    "predict_flow",
+    "predict_flow_teacher_forced",
+    "predict_x0",
+    "predict_x0_cfg",
+    "renoise",
+    "shift_sigma",
+    "start_cache",
+    "timestep_to_sigma",
+    "warp_steps",
+    "window",
+    "window_context",
+    "x0_to_flow",
+]

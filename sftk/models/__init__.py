@@ -1,0 +1,6 @@
+"""Backbones, their sizes and their weights."""
+
+from sftk.models.config import PRESETS, WanConfig, preset
+from sftk.models.wan import WanModel
+
+__all__ = ["PRESETS", "WanConfig", "WanModel", "preset"]

@@ -1,0 +1,324 @@
+"""Graphs: checked, ordered lists of transforms that are transforms themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+
+from sftk.core import draw, registry
+from sftk.core.check import check_graph, free_keys
+from sftk.core.state import from_state, to_state
+from sftk.core.transform import FunctionTransform, Kind, Node, Transform
+from sftk.errors import ShapeError, SpecError, did_you_mean
+
+Step = Callable[[dict[str, Any], Mapping[str, Any]], None]
+
+
+class Graph(Transform):
+    """An ordered list of transforms, checked when it is built.
+
+    Args:
+        nodes: transforms or nodes (`transform.node(...)`), in the order in which they run.
+        inputs: keys that the caller gives.
+        optional: keys that the caller may give.
+        outputs: keys to return; by default everything that the nodes write.
+        ports: roles that the caller binds; when given, a node that needs another role is an error.
+        rebind: keys that may be written again (a fold's carry).
+        name, doc: for drawings and errors.
+        frames: latent frames of the inputs, when known; lets nodes check that they divide into blocks.
+        open_ended: some node is a stand-in for an unknown one, so that nothing is said about keys that nobody writes.
+
+    Raises:
+        SpecError: every problem at once: a key read before it is written or written twice, an unknown option,
+            argument, result or port, a missing output.
+
+    Example:
+        >>> import torch
+        >>> from sftk.functional import add_noise, interpolate
+        >>> graph = Graph([add_noise], inputs=("x0", "noise", "timestep"))
+        >>> state = {"x0": torch.zeros(1, 3, 4, 2, 2), "noise": torch.ones(1, 3, 4, 2, 2), "timestep": torch.full((1, 3), 250.0)}
+        >>> graph(state)["noisy"].unique()
+        tensor([0.2500])
+    """
+
+    kind: Kind = "reduced"
+
+    def __init__(
+        self,
+        nodes: Iterable[Transform | Node],
+        *,
+        inputs: Sequence[str],
+        optional: Sequence[str] = (),
+        outputs: Sequence[str] | None = None,
+        ports: Sequence[str] | None = None,
+        rebind: Sequence[str] = (),
+        name: str = "graph",
+        doc: str = "",
+        frames: int | None = None,
+        open_ended: bool = False,
+    ):
+        self.nodes = tuple(n if isinstance(n, Node) else n.node() for n in nodes)
+        self.name, self.doc = name, doc
+        self.inputs, self.optional, self.rebind = tuple(inputs), tuple(optional), tuple(rebind)
+        problems, written = check_graph(
+            self.nodes,
+            inputs=self.inputs,
+            optional=self.optional,
+            outputs=outputs,
+            ports=ports,
+            rebind=self.rebind,
+            frames=frames,
+        )
+        if open_ended:
+            problems = [problem for problem in problems if not problem.missing]
+        if problems:
+            raise SpecError(problems)
+        self.outputs = tuple(written) if outputs is None else tuple(outputs)
+        self.ports = tuple(dict.fromkeys(role for node in self.nodes for _, role in node.roles))
+        self._steps = tuple(_compile_step(node) for node in self.nodes)
+
+    @classmethod
+    def from_spec(cls, path: Any, **params: Any) -> Graph:
+        """The graph of a spec file with its parameters bound.
+
+        Args:
+            path: a file, looked up beside the caller's working directory and then in the package.
+            **params: values of the spec's `params`.
+
+        Raises:
+            SpecError: the file or a parameter is wrong.
+
+        Example:
+            >>> import sftk
+            >>> Graph.from_spec("specs/rollout.yaml", frames_per_block=1).ports
+            ('denoiser',)
+        """
+        return registry.read_graph(path, params)
+
+    def run(self, values: Mapping[str, Any], models: Mapping[str, Any]) -> dict[str, Any]:
+        state = dict(values)
+        for step in self._steps:
+            step(state, models)
+        return {key: state[key] for key in self.outputs}
+
+    def __call__(self, state: Mapping[str, Any] | TensorDict, models: Mapping[str, Any] | None = None) -> Any:
+        """Runs the graph on a State and returns a new one with the outputs added.
+
+        Args:
+            state: a TensorDict with `batch_size=[]`, or any mapping; it is not written to.
+            models: role to model.
+
+        Returns:
+            The same kind of container as `state`, holding its entries and the graph's outputs.
+
+        Raises:
+            ShapeError: an input is missing.
+            SpecError: a role is not bound.
+        """
+        models = models or {}
+        values = from_state(state)
+        missing = [key for key in self.inputs if key not in values]
+        if missing:
+            hints = "; ".join(filter(None, (did_you_mean(key, values) for key in missing)))
+            raise ShapeError(f"the graph {self.name!r} needs {missing} in its state, found {sorted(values)}; {hints}")
+        unbound = [role for role in self.ports if role not in models]
+        if unbound:
+            raise SpecError(f"the graph {self.name!r} needs models for {unbound}, found {sorted(models)}")
+        return to_state(values | self.run(values, models), like=state)
+
+    def subgraph(self, outputs: Sequence[str]) -> Graph:
+        """Only the nodes that `outputs` need.
+
+        Raises:
+            SpecError: an output that no node writes.
+
+        Example:
+            >>> from sftk.functional import add_noise, flow_target
+            >>> graph = Graph([add_noise, flow_target], inputs=("x0", "noise", "timestep"))
+            >>> [node.op.name for node in graph.subgraph(["target"]).nodes]
+            ['flow_target']
+        """
+        needed, kept = set(outputs), []
+        for node in reversed(self.nodes):
+            if needed & set(node.writes):
+                kept.append(node)
+                needed -= set(node.writes)
+                needed |= {key for _, key in (*node.reads, *node.may_read)}
+        inputs = [key for key in self.inputs if key in needed]
+        optional = [key for key in self.optional if key in needed]
+        return Graph(
+            reversed(kept),
+            inputs=inputs,
+            optional=optional,
+            outputs=outputs,
+            rebind=self.rebind,
+            name=self.name,
+            doc=self.doc,
+        )
+
+    def with_nodes(self, nodes: Iterable[Transform | Node]) -> Graph:
+        """The same graph over other nodes (used to compile segments)."""
+        return Graph(
+            nodes,
+            inputs=self.inputs,
+            optional=self.optional,
+            outputs=self.outputs,
+            rebind=self.rebind,
+            name=self.name,
+            doc=self.doc,
+        )
+
+    def to_mermaid(self) -> str:
+        """The graph as a Mermaid flowchart."""
+        return draw.mermaid(self)
+
+    def to_tree(self) -> str:
+        """The graph as a tree for the terminal."""
+        return draw.tree(self)
+
+    def to_tdmodule(self, models: Mapping[str, Any] | None = None) -> Any:
+        """The graph as a `tensordict.nn.TensorDictModule` that writes its outputs into the TensorDict it is given.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> from sftk.functional import flow_target
+            >>> module = Graph([flow_target], inputs=("x0", "noise")).to_tdmodule()
+            >>> module(TensorDict({"x0": torch.zeros(1), "noise": torch.ones(1)}))["target"]
+            tensor([1.])
+        """
+        from tensordict.nn import TensorDictModule
+
+        def call(*args: Any) -> tuple[Any, ...]:
+            found = self.run(dict(zip(self.inputs, args, strict=True)), models or {})
+            return tuple(found[key] for key in self.outputs)
+
+        return TensorDictModule(call, in_keys=list(self.inputs), out_keys=list(self.outputs))
+
+    def __repr__(self) -> str:
+        return f"<graph {self.name}: {len(self.nodes)} nodes, {', '.join(self.inputs)} -> {', '.join(self.outputs)}>"
+
+
+class Fold(Transform):
+    """Runs a body once for each item of a host sequence, handing carried keys from one turn to the next.
+
+    Args:
+        body: the nodes of one turn. They see the enclosing graph's keys, the carried keys and the item.
+        over: key of the sequence (a tuple), written by an earlier node or given as an input.
+        item: key under which the body sees the current item.
+        carry: keys that a turn hands to the next. A list reads their first values under the same names; a mapping
+            `{body key: outer key}` says where each starts, and may so begin from a key that must not be bound again.
+        collect: body key to outer key; the outer key holds the tuple of that key's value in each turn.
+
+    Example:
+        >>> from sftk.core.transform import transform
+        >>> from sftk.core import registry
+        >>> @transform(out="total", kind="host")
+        ... def add_item(total, number):
+        ...     '''A running sum.'''
+        ...     return total + number
+        >>> fold = Fold([add_item], over="numbers", item="number", carry=("total",), collect={"total": "history"})
+        >>> Graph([fold], inputs=("numbers", "total"), rebind=("total",)).run({"numbers": (1, 2, 3), "total": 0}, {})
+        {'total': 6, 'history': (1, 3, 6)}
+        >>> registry.unregister("add_item")
+    """
+
+    kind: Kind = "reduced"
+
+    def __init__(
+        self,
+        body: Iterable[Transform | Node],
+        *,
+        over: str,
+        item: str,
+        carry: Sequence[str] | Mapping[str, str],
+        collect: Mapping[str, str] | None = None,
+        name: str = "fold",
+        doc: str = "",
+    ):
+        self.nodes = tuple(n if isinstance(n, Node) else n.node() for n in body)
+        self.over, self.item = over, item
+        self.carry = dict(carry) if isinstance(carry, Mapping) else {key: key for key in carry}
+        self.collect = dict(collect or {})
+        self.name, self.doc = name, doc
+        required, optional = free_keys(self.nodes, bound=(item, *self.carry))
+        self.inputs = tuple(dict.fromkeys((over, *self.carry.values(), *required)))
+        self.optional = tuple(key for key in optional if key not in self.inputs)
+        self.outputs = (*self.carry, *self.collect.values())
+        self.ports = tuple(dict.fromkeys(role for node in self.nodes for _, role in node.roles))
+        self._steps = tuple(_compile_step(node) for node in self.nodes)
+
+    def run(self, values: Mapping[str, Any], models: Mapping[str, Any]) -> dict[str, Any]:
+        state = dict(values) | {key: values[start] for key, start in self.carry.items()}
+        collected: dict[str, list[Any]] = {key: [] for key in self.collect}
+        for item in state[self.over]:
+            turn = state | {self.item: item}
+            for step in self._steps:
+                step(turn, models)
+            for key, found in collected.items():
+                found.append(turn[key])
+            state |= {key: turn[key] for key in self.carry}
+        result = {key: state[key] for key in self.carry}
+        return result | {self.collect[key]: tuple(found) for key, found in collected.items()}
+
+    def with_nodes(self, nodes: Iterable[Transform | Node]) -> Fold:
+        """The same fold over another body."""
+        return Fold(
+            nodes,
+            over=self.over,
+            item=self.item,
+            carry=self.carry,
+            collect=self.collect,
+            name=self.name,
+            doc=self.doc,
+        )
+
+    def __repr__(self) -> str:
+        return f"<fold over {self.over}: {len(self.nodes)} nodes, carry {', '.join(self.carry)}>"
+
+
+def _compile_step(node: Node) -> Step:
+    """A closure that runs one node on a graph's working dictionary, with every lookup that can be done once done."""
+    op, options = node.op, dict(node.options)
+    reads, may_read, results = node.reads, node.may_read, node.results
+    roles = node.roles
+    if isinstance(op, FunctionTransform):
+        fn, single = op.fn, len(op.outputs) == 1
+
+        def call(state: dict[str, Any], models: Mapping[str, Any]) -> None:
+            arguments = {a: state[key] for a, key in reads}
+            for a, key in may_read:
+                if key in state:
+                    arguments[a] = state[key]
+            for port, role in roles:
+                arguments[port] = models[role]
+            result = fn(**arguments, **options)
+            if single:
+                for _, key in results:
+                    state[key] = result
+            else:
+                named = op.pack(result)
+                for name, key in results:
+                    state[key] = named[name]
+    else:
+
+        def call(state: dict[str, Any], models: Mapping[str, Any]) -> None:
+            arguments = {a: state[key] for a, key in reads}
+            for a, key in may_read:
+                if key in state:
+                    arguments[a] = state[key]
+            named = op.run(arguments, {port: models[role] for port, role in roles})
+            for name, key in results:
+                state[key] = named[name]
+
+    if node.grad:
+        return call
+
+    def call_without_grad(state: dict[str, Any], models: Mapping[str, Any]) -> None:
+        with torch.no_grad():
+            call(state, models)
+
+    return call_without_grad

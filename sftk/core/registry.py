@@ -1,0 +1,68 @@
+"""Names of transforms, as specs use them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from sftk.errors import SpecError, did_you_mean
+
+if TYPE_CHECKING:
+    from sftk.core.transform import Transform
+
+_transforms: dict[str, Transform] = {}
+_graph_reader: list[Callable[..., Any]] = []
+
+
+def register(name: str, made: Transform) -> None:
+    """Adds a transform under a name that no other has.
+
+    Raises:
+        SpecError: the name is taken by another function (the same function of a re-imported module replaces its old self).
+    """
+    old = _transforms.get(name)
+    if old is not None and (old.__module__ != made.__module__):
+        raise SpecError(
+            f"the transform name {name!r} is taken by {old.__module__}; give the one in {made.__module__} another name"
+        )
+    _transforms[name] = made
+
+
+def unregister(name: str) -> None:
+    """Removes a name again (tests and notebooks)."""
+    _transforms.pop(name, None)
+
+
+def lookup(name: str) -> Transform:
+    """The transform of that name.
+
+    Raises:
+        SpecError: no such name; the message suggests the nearest.
+
+    Example:
+        >>> import sftk
+        >>> lookup("add_noise")
+        <transform add_noise(x0, noise, timestep) -> noisy>
+    """
+    if name not in _transforms:
+        hint = did_you_mean(name, _transforms)
+        raise SpecError(f"unknown transform {name!r}" + (f"; {hint}" if hint else "") + " (is its module in `plugins:`?)")
+    return _transforms[name]
+
+
+def transforms() -> Mapping[str, Transform]:
+    """Every registered transform by name (read-only)."""
+    return MappingProxyType(_transforms)
+
+
+def set_graph_reader(reader: Callable[..., Any]) -> None:
+    """Tells `Graph.from_spec` how to read a file; called once by `sftk.spec`."""
+    _graph_reader[:] = [reader]
+
+
+def read_graph(path: Any, params: Mapping[str, Any]) -> Any:
+    """A graph from a spec file, through the reader that `sftk.spec` installed."""
+    if not _graph_reader:
+        raise SpecError("reading specs needs `import sftk.spec` first")
+    return _graph_reader[0](path, params)

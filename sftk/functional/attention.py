@@ -1,0 +1,136 @@
+"""Attention: one function, the backend an option."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+
+from sftk.errors import ShapeError, SpecError
+from sftk.functional.layout import Layout, flex_mask, token_mask
+
+Backend = Literal["auto", "sdpa", "math", "flex", "flash"]
+
+
+Mask = Any
+"""What `attention_mask` returns: a [Lq, Lk] bool tensor, a FlexAttention `BlockMask`, or None."""
+
+
+def attention_mask(layout: Layout | None, tokens_per_frame: int, device: torch.device, backend: Backend = "auto") -> Mask:
+    """A layout in the form that a backend takes; None stays None (full attention).
+
+    Args:
+        layout: which frames see which.
+        tokens_per_frame: tokens of a frame.
+        device: where attention runs.
+        backend: as for `attention`. `flex`, and `auto` on CUDA, take a `BlockMask`, which never holds all pairs of tokens.
+
+    Raises:
+        SpecError: the backend takes no layout.
+
+    Example:
+        >>> layout = Layout(kind="block_causal", blocks=(1, 1))
+        >>> attention_mask(layout, 2, torch.device("cpu")).shape
+        torch.Size([4, 4])
+    """
+    if layout is None:
+        return None
+    if backend == "flash":
+        raise SpecError("the attention backend 'flash' takes no layout; use 'flex' for block-causal and teacher-forcing passes")
+    if backend == "flex" or (backend == "auto" and device.type == "cuda"):
+        return flex_mask(layout, tokens_per_frame, device)
+    return token_mask(layout, tokens_per_frame, device)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Backend = "auto") -> Tensor:
+    """Softmax attention over tokens.
+
+    Args:
+        q: [B, Lq, H, D]; k, v: [B, Lk, H, D].
+        mask: who sees whom, from `attention_mask`; None is full attention.
+        backend: `sdpa` is PyTorch's fused attention, `math` its unfused one (which has second derivatives and forward mode),
+            `flex` FlexAttention for masks, `flash` FlashAttention when it is installed (no mask, CUDA, half precision).
+            `auto` is flex for a `BlockMask`, otherwise sdpa.
+
+    Returns:
+        [B, Lq, H, D], q's dtype.
+
+    Raises:
+        ShapeError: axes do not fit.
+        SpecError: the backend cannot do it.
+
+    Example:
+        >>> x = torch.zeros(1, 4, 2, 8)
+        >>> attention(x, x, x).shape
+        torch.Size([1, 4, 2, 8])
+    """
+    if q.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+        raise ShapeError(f"attention takes [B, L, H, D]; found q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}")
+    if backend == "flash":
+        if mask is not None or not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
+            found = f"{q.dtype} on {q.device.type}{'' if mask is None else ' with a mask'}"
+            raise SpecError(f"the attention backend 'flash' needs bf16 or fp16 on CUDA without a mask, found {found}; use 'sdpa'")
+        return _flash(q, k, v)
+    heads = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    if mask is not None and not isinstance(mask, Tensor):
+        return _flex(*heads, mask).transpose(1, 2)
+    if backend == "math":
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2)
+    return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2)
+
+
+def available_backends() -> tuple[Backend, ...]:
+    """The backends that this machine has.
+
+    Example:
+        >>> "sdpa" in available_backends()
+        True
+    """
+    flash = torch.cuda.is_available() and _flash_function(missing_ok=True) is not None
+    return ("sdpa", "math", "flex", "flash") if flash else ("sdpa", "math", "flex")
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
+    if not q.is_cuda:
+        # FlexAttention has no backward on the CPU; its dense equivalent has.
+        none = torch.zeros((), dtype=torch.long)
+        dense = mask.mask_mod(none, none, torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None, :])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
+    if torch.compiler.is_compiling():
+        return flex_attention(q, k, v, block_mask=mask)  # pyright: ignore[reportReturnType]
+    return _compiled_flex()(q, k, v, block_mask=mask)
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)  # pyright: ignore[reportReturnType]
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    function = _flash_function(missing_ok=False)
+    assert function is not None
+    out = function(q, k, v)
+    return out[0] if isinstance(out, tuple) else out
+
+
+@functools.lru_cache(maxsize=2)
+def _flash_function(missing_ok: bool) -> Callable[..., Tensor] | None:
+    """FlashAttention 4, 3 or 2, whichever is there."""
+    if importlib.util.find_spec("flash_attn") is not None and importlib.util.find_spec("flash_attn.cute") is not None:
+        from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+        return flash_attn_func
+    for module in ("flash_attn_interface", "flash_attn"):
+        if importlib.util.find_spec(module) is not None:
+            return getattr(importlib.import_module(module), "flash_attn_func", None)
+    if missing_ok:
+        return None
+    raise SpecError("the attention backend 'flash' needs FlashAttention: pip install 'sftk[flash]'")

@@ -1,0 +1,190 @@
+"""Key/value caches as values: appending and windowing return new caches and change no old one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import attrs
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sftk.errors import ShapeError
+
+LayerKV = tuple[Tensor, Tensor, Tensor, Tensor]
+"""What a layer returns: self-attention k, v [B, L, H, D] and text k, v [B, T, H, D]."""
+RopeMode = Literal["absolute", "relative"]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Chunk:
+    """Keys and values of consecutive frames, of all layers.
+
+    Args:
+        layers: (k, v) of each layer, [B, frames * tokens, H, D].
+        positions: absolute index of each frame.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    positions: tuple[int, ...]
+
+    def take(self, start: int, stop: int) -> Chunk:
+        """The frames from `start` up to `stop`, as views."""
+        if (start, stop) == (0, len(self.positions)):
+            return self
+        tokens = self.layers[0][0].shape[1] // len(self.positions) if self.layers else 0
+        cut = slice(start * tokens, stop * tokens)
+        layers = tuple((k[:, cut], v[:, cut]) for k, v in self.layers)
+        return Chunk(layers=layers, positions=self.positions[start:stop])
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class KVCache:
+    """Keys and values of the frames so far. Immutable: chunks are shared between a cache and those made from it.
+
+    Args:
+        chunks: oldest first.
+        text: text (k, v) of each layer, which do not change during a rollout; used by passes without gradient.
+        rope: `absolute` keys are stored rotated to their frame's index; `relative` ones are stored unrotated and rotated when
+            they are read, to their place in the cache, so that a long rollout stays in the trained range.
+
+    Example:
+        >>> kv = ((torch.zeros(1, 6, 2, 8), torch.zeros(1, 6, 2, 8), torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8)),)
+        >>> cache = append(append(KVCache(), kv, (0, 1, 2)), kv, (3, 4, 5))
+        >>> window(cache, size=4, sink=1).positions
+        (0, 3, 4, 5)
+    """
+
+    chunks: tuple[Chunk, ...] = ()
+    text: tuple[tuple[Tensor, Tensor], ...] | None = None
+    rope: RopeMode = "absolute"
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Absolute index of each cached frame, in the order in which attention sees them."""
+        return tuple(p for chunk in self.chunks for p in chunk.positions)
+
+    @property
+    def frames(self) -> int:
+        """How many frames are cached."""
+        return sum(len(chunk.positions) for chunk in self.chunks)
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor] | None:
+        """(k, v) of one layer over all cached frames, or None when the cache is empty."""
+        if not self.chunks:
+            return None
+        if len(self.chunks) == 1:
+            return self.chunks[0].layers[index]
+        k = torch.cat([chunk.layers[index][0] for chunk in self.chunks], dim=1)
+        v = torch.cat([chunk.layers[index][1] for chunk in self.chunks], dim=1)
+        return k, v
+
+
+def append(cache: KVCache, kv: Sequence[LayerKV], positions: tuple[int, ...]) -> KVCache:
+    """The cache with the keys and values of further frames at its end.
+
+    Args:
+        cache: is not changed.
+        kv: what a model returned for these frames.
+        positions: absolute index of each frame.
+
+    Raises:
+        ShapeError: the tokens do not divide into the frames.
+
+    Example: see `KVCache`.
+    """
+    for k, *_ in kv[:1]:
+        if not positions or k.shape[1] % len(positions):
+            raise ShapeError(f"{k.shape[1]} tokens do not divide into {len(positions)} frames")
+    chunk = Chunk(layers=tuple((layer[0], layer[1]) for layer in kv), positions=tuple(positions))
+    text = cache.text
+    if text is None:
+        text = tuple((layer[2].detach(), layer[3].detach()) for layer in kv)
+    return attrs.evolve(cache, chunks=(*cache.chunks, chunk), text=text)
+
+
+def window(cache: KVCache, *, size: int | None, sink: int = 0) -> KVCache:
+    """The cache with its first `sink` frames and as many of its last as make `size` in all.
+
+    Args:
+        cache: is not changed.
+        size: frames to keep; None keeps all.
+        sink: first frames that are never dropped.
+
+    Raises:
+        ShapeError: size is smaller than sink.
+
+    Source: attention sinks, arXiv 2309.17453; the rolling cache of Self-Forcing, arXiv 2506.08009, section 3.4.
+
+    Example: see `KVCache`.
+    """
+    if size is None or cache.frames <= size:
+        return cache
+    if size < sink:
+        raise ShapeError(f"a context of {size} frames cannot hold {sink} sink frames; make the window larger or the sink smaller")
+    keep = set(range(sink)) | set(range(cache.frames - (size - sink), cache.frames))
+    chunks, offset = [], 0
+    for chunk in cache.chunks:
+        kept = [i for i in range(len(chunk.positions)) if offset + i in keep]
+        runs: list[list[int]] = []
+        for i in kept:
+            if runs and runs[-1][-1] == i - 1:
+                runs[-1].append(i)
+            else:
+                runs.append([i])
+        chunks += [chunk.take(run[0], run[-1] + 1) for run in runs]
+        offset += len(chunk.positions)
+    return attrs.evolve(cache, chunks=tuple(chunks))
+
+
+def detach(cache: KVCache) -> KVCache:
+    """The cache without history for backward.
+
+    Example:
+        >>> detach(KVCache()).frames
+        0
+    """
+    chunks = tuple(
+        attrs.evolve(chunk, layers=tuple((k.detach(), v.detach()) for k, v in chunk.layers)) for chunk in cache.chunks
+    )
+    return attrs.evolve(cache, chunks=chunks)
+
+
+def straight_through(context: Sequence[LayerKV], exit_kv: Sequence[LayerKV]) -> tuple[LayerKV, ...]:
+    """Keys and values with the context pass's values and the exit step's gradient: `context + (exit - stopgrad(exit))`.
+
+    Args:
+        context: what the context pass returned (no gradient).
+        exit_kv: what the exit step returned for the same frames.
+
+    Source: what the public Self-Forcing code's in-place cache amounts to (measured).
+
+    Example:
+        >>> one, w = torch.ones(1), torch.ones(1, requires_grad=True)
+        >>> ((k, *_),) = straight_through([(one * 2,) * 4], [(w * 3,) * 4])
+        >>> k.item(), torch.autograd.grad(k.sum(), w)[0].item()
+        (2.0, 3.0)
+    """
+
+    def join(value: Tensor, path: Tensor) -> Tensor:
+        return value.detach() + (path - path.detach())
+
+    return tuple(
+        (join(c[0], e[0]), join(c[1], e[1]), c[2], c[3]) for c, e in zip(context, exit_kv, strict=True)
+    )
+
+
+def _flatten_cache(cache: KVCache):
+    return (tuple(chunk.layers for chunk in cache.chunks), cache.text), (tuple(c.positions for c in cache.chunks), cache.rope)
+
+
+def _unflatten_cache(values, context) -> KVCache:
+    (layers, text), (positions, rope) = values, context
+    chunks = tuple(Chunk(layers=found, positions=place) for found, place in zip(layers, positions, strict=True))
+    return KVCache(chunks=chunks, text=text, rope=rope)
+
+
+pytree.register_pytree_node(
+    KVCache, _flatten_cache, _unflatten_cache, serialized_type_name="sftk.functional.cache.KVCache"
+)

@@ -1,0 +1,213 @@
+"""The plan of a rollout: which blocks, which steps of each, where gradient flows. Host values only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from sftk.core.geometry import block_problems, split_blocks
+from sftk.core.transform import transform
+from sftk.errors import ShapeError
+from sftk.functional.keys import Key
+from sftk.functional.schedule import TIMESTEPS, check_steps, unshift_sigma, warp_steps
+
+
+@attrs.frozen(kw_only=True)
+class Step:
+    """One entry of a step list.
+
+    Args:
+        index: place in the list.
+        timestep: what the network is told, in [0, 1000].
+        next_timestep: of the following entry; None after the last.
+    """
+
+    index: int
+    timestep: float
+    next_timestep: float | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Block:
+    """One block of a rollout.
+
+    Args:
+        index: place among the blocks that are generated (or given).
+        start: first frame, counted over the whole output.
+        frames: how many frames.
+        offset: first frame in the tensor that it is taken from (the noise, or the given latents).
+        lead: steps before the exit step.
+        exit: the step whose x0 is the block's output.
+        grad: whether the exit step carries gradient.
+        last: whether no block follows.
+    """
+
+    index: int
+    start: int
+    frames: int
+    offset: int
+    lead: tuple[Step, ...] = ()
+    exit: Step | None = None
+    grad: bool = True
+    last: bool = False
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Absolute index of each frame."""
+        return tuple(range(self.start, self.start + self.frames))
+
+
+def split_given(frames: int, frames_per_block: int, independent_first_frame: bool) -> tuple[int, ...]:
+    """Lengths in which given latents are put into the cache: blocks, or a single image as a block of its own.
+
+    Raises:
+        ShapeError: the frames do not divide into blocks.
+
+    Example:
+        >>> split_given(1, 3, False), split_given(4, 3, True), split_given(0, 3, False)
+        ((1,), (1, 3), ())
+    """
+    if frames <= 1:
+        return (1,) * frames
+    return split_blocks(frames, frames_per_block, independent_first_frame)
+
+
+def _example(batch: int, randn) -> dict:
+    return {
+        "key": Key(seed=3, samples=tuple(range(batch))),
+        "noise": randn(batch, 6, 4, 2, 2),
+        "initial_latents": randn(batch, 1, 4, 2, 2),
+        "steps": (1000.0, 750.0, 500.0, 250.0),
+        "shift": 5.0,
+    }
+
+
+def _check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str, str]]:
+    yield from block_problems(options, frames)
+    try:
+        step_list(options["steps"], options["shift"], options["warp"])
+    except ShapeError as error:
+        yield "steps", str(error)
+    if options["shift"] <= 0:
+        yield "shift", f"a shift is above 0, found {options['shift']}"
+
+
+@transform(
+    out=("blocks", "given_blocks", "exit_from", "exit_to", "gradient_mask"),
+    kind="keyed",
+    example=_example,
+    check=_check,
+)
+def plan_rollout(
+    key: Key,
+    noise: Tensor,
+    initial_latents: Tensor | None = None,
+    *,
+    steps: Sequence[float],
+    shift: float = 1.0,
+    warp: bool = True,
+    frames_per_block: int = 3,
+    independent_first_frame: bool = False,
+    same_step_across_blocks: bool = True,
+    last_step_only: bool = False,
+    grad_frames: int | None = None,
+    name: str = "exit",
+):
+    """Plans a self-forcing rollout.
+
+    Args:
+        key: draws the exit steps, the same for all samples and ranks.
+        noise: [B, F, C, H, W]; only its shape and device are used.
+        initial_latents: [B, F0, C, H, W], frames that the rollout continues.
+        steps: timesteps from 1000 downwards; a trailing 0 is dropped.
+        shift, warp: with `warp` the list is moved to the shifted axis, see `warp_steps`.
+        frames_per_block: frames that are denoised together.
+        independent_first_frame: the first frame is a block of its own.
+        same_step_across_blocks: one exit step for all blocks, else one drawn for each.
+        last_step_only: every block goes through all steps (inference).
+        grad_frames: only blocks that start within the last so many frames carry gradient; None is all.
+        name: tells draws of one step apart.
+
+    Returns:
+        blocks: tuple of `Block`, generated ones. given_blocks: those of the initial latents.
+        exit_from, exit_to: unshifted timesteps of the exit step and of the one after it (0 after the last), for
+        `draw_timestep`; None when blocks exit at different steps.
+        gradient_mask: [B, F0 + F] bool, generated frames that carry gradient.
+
+    Raises:
+        ShapeError: frames do not divide into blocks, or steps do not descend.
+
+    Source: Self-Forcing, arXiv 2506.08009, algorithm 1.
+
+    Example:
+        >>> plan = plan_rollout(Key(seed=0), torch.zeros(1, 6, 4, 2, 2), steps=[1000, 500], last_step_only=True)
+        >>> [(b.positions, [s.timestep for s in b.lead], b.exit.timestep) for b in plan[0]]
+        [((0, 1, 2), [1000.0], 500.0), ((3, 4, 5), [1000.0], 500.0)]
+    """
+    entries, raw = step_list(steps, shift, warp)
+    given = 0 if initial_latents is None else initial_latents.shape[1]
+    lengths = split_blocks(noise.shape[1], frames_per_block, independent_first_frame and not given)
+    total = given + noise.shape[1]
+    grad_from = 0 if grad_frames is None else total - grad_frames
+    if last_step_only:
+        exits = (len(entries) - 1,) * len(lengths)
+    else:
+        exits = key.integers(name, 0, len(entries), 1 if same_step_across_blocks else len(lengths))
+        exits = exits * len(lengths) if same_step_across_blocks else exits
+    blocks, offset = [], 0
+    for index, (frames, leave) in enumerate(zip(lengths, exits, strict=True)):
+        start = given + offset
+        blocks.append(
+            Block(
+                index=index,
+                start=start,
+                frames=frames,
+                offset=offset,
+                lead=entries[:leave],
+                exit=entries[leave],
+                grad=start >= grad_from,
+                last=index == len(lengths) - 1,
+            )
+        )
+        offset += frames
+    given_blocks = _given(given, frames_per_block, independent_first_frame)
+    same = len(set(exits)) == 1
+    exit_from = raw[exits[0]] if same else None
+    exit_to = (raw[exits[0] + 1] if exits[0] + 1 < len(raw) else 0.0) if same else None
+    flags = [False] * given + [block.grad for block in blocks for _ in range(block.frames)]
+    gradient_mask = torch.tensor(flags, device=noise.device).expand(noise.shape[0], -1)
+    return tuple(blocks), given_blocks, exit_from, exit_to, gradient_mask
+
+
+def step_list(steps: Sequence[float], shift: float, warp: bool) -> tuple[tuple[Step, ...], tuple[float, ...]]:
+    """The entries of a step list without its trailing 0, and the same timesteps on the unshifted axis.
+
+    Raises:
+        ShapeError: steps do not descend.
+
+    Example:
+        >>> entries, raw = step_list([1000, 500, 0], 5.0, True)
+        >>> [round(entry.timestep, 1) for entry in entries], raw
+        ([1000.0, 833.3], (1000.0, 500.0))
+    """
+    check_steps(steps)
+    kept = tuple(steps[:-1]) if steps[-1] == 0 else tuple(steps)
+    if not kept:
+        raise ShapeError("the step list holds only 0; expected timesteps from 1000 downwards, such as [1000, 750, 500, 250]")
+    warped = warp_steps(kept, shift, warp)
+    raw = tuple(float(t) if warp else TIMESTEPS * unshift_sigma(t / TIMESTEPS, shift) for t in kept)
+    following = (*warped[1:], None)
+    entries = tuple(Step(index=i, timestep=t, next_timestep=n) for i, (t, n) in enumerate(zip(warped, following, strict=True)))
+    return entries, raw
+
+
+def _given(frames: int, frames_per_block: int, independent_first_frame: bool) -> tuple[Block, ...]:
+    blocks, start = [], 0
+    for index, length in enumerate(split_given(frames, frames_per_block, independent_first_frame)):
+        blocks.append(Block(index=index, start=start, frames=length, offset=start, grad=False))
+        start += length
+    return tuple(blocks)

@@ -1,0 +1,79 @@
+"""Many-step sampling of the probability-flow ODE, as transforms that a fold runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sftk.core.transform import transform
+from sftk.functional.guidance import guide
+from sftk.functional.plan import Step
+from sftk.functional.predict import Denoiser, toy_denoiser
+from sftk.functional.schedule import TIMESTEPS, euler_step, inference_timesteps
+
+
+def _check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str, str]]:
+    if options["steps"] < 1:
+        yield "steps", f"a solver takes at least 1 step, found {options['steps']}"
+
+
+@transform(out="ode_steps", kind="host", example=lambda batch, randn: {"steps": 4}, check=_check)
+def plan_ode(*, steps: int = 50, shift: float = 1.0):
+    """The steps of an ODE solver, evenly spaced before the shift, from 1000 to 0.
+
+    Args:
+        steps: how many; at least 1.
+        shift: see `shift_sigma`.
+
+    Returns:
+        ode_steps: tuple of `Step`; the last one's `next_timestep` is 0.
+
+    Example:
+        >>> [(step.timestep, step.next_timestep) for step in plan_ode(steps=2)]
+        [(1000.0, 500.0), (500.0, 0.0)]
+    """
+    times = (*inference_timesteps(steps, shift), 0.0)
+    return tuple(Step(index=i, timestep=times[i], next_timestep=times[i + 1]) for i in range(steps))
+
+
+def _example(batch: int, randn) -> dict:
+    return {
+        "denoiser": toy_denoiser,
+        "noisy": randn(batch, 3, 4, 2, 2),
+        "step": Step(index=0, timestep=1000.0, next_timestep=500.0),
+        "prompt_embeds": randn(batch, 2, 8),
+        "negative_embeds": randn(batch, 2, 8),
+        "scale": 3.0,
+    }
+
+
+@transform(out="noisy", kind="per_sample", models=("denoiser",), example=_example)
+def ode_step(
+    denoiser: Denoiser, noisy: Tensor, step: Step, prompt_embeds: Tensor, negative_embeds: Tensor, *, scale: float = 1.0
+):
+    """One guided Euler step of a bidirectional model.
+
+    Args:
+        noisy: [B, F, C, H, W] at the step's timestep.
+        prompt_embeds, negative_embeds: [B, L, D].
+        scale: guidance; 1 makes one pass only.
+
+    Returns:
+        noisy: at the step's next timestep.
+
+    Source: flow matching, arXiv 2210.02747, sampled with Euler's method.
+
+    Example:
+        >>> ode_step(**_example(1, torch.randn)).shape
+        torch.Size([1, 3, 4, 2, 2])
+    """
+    assert step.next_timestep is not None
+    timestep = torch.full(noisy.shape[:2], step.timestep, device=noisy.device, dtype=torch.promote_types(noisy.dtype, torch.float32))
+    flow = denoiser(noisy, timestep, prompt_embeds)[0]
+    if scale != 1.0:
+        flow = guide(flow, denoiser(noisy, timestep, negative_embeds)[0], scale=scale)
+    sigma = timestep / TIMESTEPS
+    return euler_step(noisy, flow, sigma, torch.full_like(sigma, step.next_timestep / TIMESTEPS))

@@ -1,0 +1,165 @@
+"""Layers of the Wan transformer, under Wan's own parameter names."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sftk.functional.attention import Backend, Mask, attention
+from sftk.functional.cache import LayerKV
+from sftk.models.config import WanConfig
+from sftk.models.rope import rotate
+
+
+def upcast(x: Tensor) -> Tensor:
+    """The tensor in float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the whole width, before queries and keys are split into heads."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = upcast(x)
+        return (y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Projections of one attention layer: `q`, `k`, `v`, `o`, `norm_q`, `norm_k`."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.heads = config.num_heads
+        self.q = nn.Linear(config.dim, config.dim)
+        self.k = nn.Linear(config.dim, config.dim)
+        self.v = nn.Linear(config.dim, config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = RMSNorm(config.dim, config.eps) if config.qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(config.dim, config.eps) if config.qk_norm else nn.Identity()
+
+    def queries(self, x: Tensor) -> Tensor:
+        """[B, L, H, D]."""
+        return self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, L, H, D] each."""
+        return self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), self.v(x).unflatten(-1, (self.heads, -1))
+
+
+class Block(nn.Module):
+    """One transformer block: modulated self-attention, text cross-attention, modulated feed-forward."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.self_attn = Attention(config)
+        self.cross_attn = Attention(config)
+        self.norm3 = nn.LayerNorm(config.dim, eps=config.eps) if config.cross_attn_norm else nn.Identity()
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        rope: tuple[Tensor, Tensor],
+        text: Tensor | None,
+        text_kv: tuple[Tensor, Tensor] | None,
+        past: tuple[Tensor, Tensor] | None,
+        past_rope: tuple[Tensor, Tensor] | None,
+        mask: Mask,
+        backend: Backend,
+        keep_kv: bool,
+    ) -> tuple[Tensor, LayerKV | None]:
+        """One block.
+
+        Args:
+            x: [B, L, width]. time: [B, F, 6, width], per frame.
+            rope: tables of the tokens. past_rope: tables of the cached keys when they are stored unrotated, else None.
+            text: [B, T, width], or None when `text_kv` is given.
+            past: cached k, v [B, P, H, D].
+            keep_kv: return keys and values.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = (upcast(self.modulation)[None] + time).unbind(dim=2)
+        y = self.modulate(x, shift1, scale1)
+        k, v = self.self_attn.keys_values(y)
+        unrotated = k
+        q, k = rotate(self.self_attn.queries(y), *rope), rotate(k, *rope)
+        stored = k if past_rope is None else unrotated
+        v_all, k_all = v, k
+        if past is not None:
+            past_k = past[0] if past_rope is None else rotate(past[0], *past_rope)
+            k_all, v_all = torch.cat([past_k.to(k.dtype), k], dim=1), torch.cat([past[1].to(v.dtype), v], dim=1)
+        y = attention(q, k_all, v_all, mask=mask, backend=backend)
+        x = self.gated(x, self.self_attn.o(y.flatten(2)), gate1)
+
+        if text_kv is None:
+            assert text is not None
+            text_kv = self.cross_attn.keys_values(text)
+        queries = self.cross_attn.queries(self.norm3(x).to(x.dtype))
+        found = attention(queries, text_kv[0].to(queries.dtype), text_kv[1].to(queries.dtype), backend=backend)
+        x = x + self.cross_attn.o(found.flatten(2))
+
+        x = self.gated(x, self.ffn(self.modulate(x, shift2, scale2)), gate2)
+        return x, ((stored, v, *text_kv) if keep_kv else None)
+
+    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Layer norm without weights, then scale and shift by frame, in float32."""
+        return modulate(x, shift, scale, self.eps)
+
+    def gated(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+        """`x + gate * y` by frame, in float32, back to x's dtype."""
+        by_frame = upcast(y).unflatten(1, (gate.shape[1], -1)) * gate[:, :, None]
+        return (upcast(x) + by_frame.flatten(1, 2)).to(x.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Layer norm of [B, L, width], then `(1 + scale) x + shift` with [B, F, width], in float32; x's dtype."""
+    y = F.layer_norm(upcast(x), x.shape[-1:], eps=eps)
+    by_frame = y.unflatten(1, (shift.shape[1], -1)) * (1 + scale[:, :, None]) + shift[:, :, None]
+    return by_frame.flatten(1, 2).to(x.dtype)
+
+
+class Head(nn.Module):
+    """Modulated norm and the projection to patches."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.eps = config.eps
+        patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        self.head = nn.Linear(config.dim, patch * config.out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """[B, L, patch * out_dim] from x [B, L, width] and time [B, F, width]."""
+        shift, scale = (upcast(self.modulation)[None] + time[:, :, None]).unbind(dim=2)
+        return self.head(modulate(x, shift, scale, self.eps))
+
+
+def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Cosines then sines of `t 10000^(-i / (dim / 2))`, in float64.
+
+    Args:
+        timestep: any shape.
+
+    Returns:
+        [..., dim] float64.
+
+    Source: DDPM's time embedding, arXiv 2006.11239; order as in Wan 2.1.
+
+    Example:
+        >>> sinusoidal_embedding(torch.zeros(1), 4)
+        tensor([[1., 1., 0., 0.]], dtype=torch.float64)
+    """
+    half = dim // 2
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
+    angles = timestep.double()[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)

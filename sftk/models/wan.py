@@ -1,0 +1,176 @@
+"""The Wan 2.1 text-to-video transformer: teacher, causal student, cached student and teacher-forced one from one class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sftk.errors import ShapeError
+from sftk.functional.attention import Backend, attention_mask
+from sftk.functional.cache import KVCache, LayerKV
+from sftk.functional.layout import Layout, check_layout
+from sftk.models.config import WanConfig
+from sftk.models.layers import Block, Head, sinusoidal_embedding, upcast
+from sftk.models.rope import rope_table
+
+
+class WanModel(nn.Module):
+    """The backbone behind the model port (see `sftk.functional.Denoiser`).
+
+    Parameters have Wan's original names, so that original checkpoints load as they are. Whether it is bidirectional,
+    block-causal, cached or teacher-forced depends on the arguments of a call alone.
+
+    Args:
+        config: its size.
+        backend: attention backend, see `sftk.functional.attention`.
+
+    Source: Wan 2.1, arXiv 2503.20314; per-frame timesteps as in CausVid, arXiv 2412.07772.
+
+    Example:
+        >>> from sftk.models import preset
+        >>> model = WanModel(preset("digits"))
+        >>> flow, kv, _ = model(torch.zeros(1, 3, 4, 8, 8), torch.zeros(1, 3), torch.zeros(1, 4, 32), cache=KVCache())
+        >>> flow.shape, len(kv), kv[0][0].shape
+        (torch.Size([1, 3, 4, 8, 8]), 4, torch.Size([1, 48, 3, 32]))
+    """
+
+    def __init__(self, config: WanConfig, backend: Backend = "auto"):
+        super().__init__()
+        self.config, self.backend = config, backend
+        self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, config.patch_size, config.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), nn.Linear(config.dim, config.dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, config.dim), nn.SiLU(), nn.Linear(config.dim, config.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, config.dim * 6))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Wan's initialisation: Xavier for linear layers, small normal for the embeddings, zero for the output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for module in (*self.text_embedding, *self.time_embedding):
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        prompt_embeds: Tensor,
+        *,
+        cache: KVCache | None = None,
+        layout: Layout | None = None,
+        positions: Sequence[int] | None = None,
+        features_at: Sequence[int] = (),
+    ) -> tuple[Tensor, tuple[LayerKV, ...], tuple[Tensor, ...]]:
+        """Predicts the flow `noise - x0`.
+
+        Args:
+            latents: [B, F, C, H, W].
+            timestep: [B] or [B, F], in [0, 1000].
+            prompt_embeds: [B, T, text_dim], T at most text_len.
+            cache: frames that came before; when given (an empty one, too), keys and values are returned.
+            layout: which frames see which; None is all.
+            positions: temporal position of each frame; by default 0, 1, 2 ... (after the cached frames, if there are any).
+            features_at: layers after which to return the hidden states.
+
+        Returns:
+            flow: [B, F, C, H, W], in the latents' dtype. kv: see `LayerKV`, for each layer; empty without a cache.
+            features: [B, tokens, width] each.
+
+        Raises:
+            ShapeError: an argument does not fit the config.
+        """
+        frames, height, width = self._check(latents, timestep, prompt_embeds, layout)
+        x = self._embed_patches(latents)
+        time = self.time_embedding(sinusoidal_embedding(timestep, self.config.freq_dim).to(self._dtype(latents)))
+        modulation = upcast(self.time_projection(time)).unflatten(-1, (6, -1))
+        time = upcast(time)
+        if timestep.dim() == 1:
+            time, modulation = time[:, None], modulation[:, None]
+        reuse = cache is not None and cache.text is not None and not torch.is_grad_enabled()
+        text = None if reuse else self._embed_text(prompt_embeds)
+
+        rope, past_rope = self._rope(latents, cache, positions, frames, height, width)
+        mask = attention_mask(layout, height * width, latents.device, self.backend)
+        kv, features, wanted = [], [], {self._layer_index(i) for i in features_at}
+        for index, block in enumerate(self.blocks):
+            past = None if cache is None else cache.layer(index)
+            text_kv = cache.text[index] if reuse and cache is not None and cache.text is not None else None
+            x, found = block(x, modulation, rope, text, text_kv, past, past_rope, mask, self.backend, cache is not None)
+            if found is not None:
+                kv.append(found)
+            if index in wanted:
+                features.append(x)
+        flow = self._unpatch(self.head(x, time), frames, height, width)
+        return flow.to(latents.dtype), tuple(kv), tuple(features)
+
+    def _check(self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, layout: Layout | None) -> tuple[int, int, int]:
+        config = self.config
+        if latents.dim() != 5 or latents.shape[2] != config.in_dim:
+            raise ShapeError(f"latents must be [B, F, {config.in_dim}, H, W], found {list(latents.shape)}")
+        batch, frames, _, height, width = latents.shape
+        if timestep.shape not in ((batch,), (batch, frames)):
+            raise ShapeError(f"timestep must be [{batch}] or [{batch}, {frames}], found {list(timestep.shape)}")
+        if prompt_embeds.dim() != 3 or prompt_embeds.shape[0] != batch or prompt_embeds.shape[2] != config.text_dim:
+            raise ShapeError(f"prompt_embeds must be [{batch}, T, {config.text_dim}], found {list(prompt_embeds.shape)}")
+        if prompt_embeds.shape[1] > config.text_len:
+            raise ShapeError(f"prompt_embeds hold {prompt_embeds.shape[1]} tokens, at most {config.text_len} fit")
+        if height % config.patch_size[1] or width % config.patch_size[2]:
+            raise ShapeError(f"a patch of {config.patch_size[1:]} does not divide latents of {height}x{width}")
+        check_layout(layout, frames)
+        return frames, height // config.patch_size[1], width // config.patch_size[2]
+
+    def _dtype(self, latents: Tensor) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    def _embed_patches(self, latents: Tensor) -> Tensor:
+        _, ph, pw = self.config.patch_size
+        patches = latents.unflatten(4, (-1, pw)).unflatten(3, (-1, ph))  # B F C h ph w pw
+        patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
+        weight = self.patch_embedding.weight
+        return F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
+
+    def _embed_text(self, prompt_embeds: Tensor) -> Tensor:
+        missing = self.config.text_len - prompt_embeds.shape[1]
+        padded = F.pad(prompt_embeds, (0, 0, 0, missing)) if missing else prompt_embeds
+        return self.text_embedding(padded.to(self._dtype(prompt_embeds)))
+
+    def _unpatch(self, x: Tensor, frames: int, height: int, width: int) -> Tensor:
+        _, ph, pw = self.config.patch_size
+        patches = x.unflatten(2, (ph, pw, -1)).unflatten(1, (frames, height, width))  # B F h w ph pw C
+        return patches.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    def _rope(self, latents: Tensor, cache: KVCache | None, positions: Sequence[int] | None, frames: int, height: int, width: int):
+        config = self.config
+        dtype = torch.promote_types(latents.dtype, torch.float32)
+        past = 0 if cache is None else cache.frames
+
+        def table(places: Sequence[int]):
+            return rope_table(
+                tuple(places), height, width, config.head_dim, config.rope_base_time, config.rope_base, latents.device, dtype
+            )
+
+        if cache is not None and cache.rope == "relative":
+            return table(range(past, past + frames)), table(range(past)) if past else table((0,))
+        if positions is None:
+            start = cache.positions[-1] + 1 if cache is not None and past else 0
+            positions = range(start, start + frames)
+        if len(positions) != frames:
+            raise ShapeError(f"{len(positions)} positions for {frames} frames")
+        return table(positions), None
+
+    def _layer_index(self, index: int) -> int:
+        if not -len(self.blocks) <= index < len(self.blocks):
+            raise ShapeError(f"features_at names layer {index} of {len(self.blocks)}")
+        return index % len(self.blocks)

@@ -1,0 +1,68 @@
+"""Finds specs, recipes and weights: beside the file that names them, in the working directory, in the package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import sftk
+from sftk.errors import Problem, SpecError, did_you_mean
+
+
+def package_root() -> Path:
+    """The folder that holds the packaged `specs/` and `recipes/`: inside a wheel, or the checkout of an editable install.
+
+    Example:
+        >>> (package_root() / "specs" / "rollout.yaml").is_file()
+        True
+    """
+    package = Path(sftk.__file__).parent
+    bundled = package / "_bundled"
+    return bundled if bundled.is_dir() else package.parent
+
+
+def search_roots(beside: Path | None = None) -> list[Path]:
+    """Folders in the order in which names are looked up."""
+    return [*([beside.parent] if beside is not None else []), Path.cwd(), package_root(), Path(sftk.__file__).parent]
+
+
+def find_file(name: str, beside: Path | None = None) -> Path:
+    """The file of that name.
+
+    Args:
+        name: an absolute path, or one relative to a search root.
+        beside: the file that names it.
+
+    Raises:
+        SpecError: it is in none of the places; the message lists them and the nearest name.
+
+    Example:
+        >>> find_file("specs/rollout.yaml").name
+        'rollout.yaml'
+    """
+    path = Path(name).expanduser()
+    roots = [Path()] if path.is_absolute() else search_roots(beside)
+    for root in roots:
+        if (root / path).exists():
+            return root / path
+    near = {str(found.relative_to(root)) for root in roots for found in _siblings(root / path, root)}
+    hint = did_you_mean(name, near) if near else None
+    places = ", ".join(dict.fromkeys(str(root) for root in roots))
+    raise SpecError([Problem(message=f"no such file {name!r}", hint=hint or f"looked in {places}")])
+
+
+def show_path(path: Path) -> str:
+    """A path as errors show it: relative to the working directory or the package where that is shorter.
+
+    Example:
+        >>> show_path(package_root() / "specs" / "rollout.yaml")
+        'specs/rollout.yaml'
+    """
+    for root in (Path.cwd(), package_root()):
+        if path.is_absolute() and path.is_relative_to(root):
+            return str(path.relative_to(root))
+    return str(path)
+
+
+def _siblings(path: Path, root: Path) -> Iterable[Path]:
+    return path.parent.glob(f"*{path.suffix}") if path.suffix and path.parent.is_dir() and path.is_relative_to(root) else ()
