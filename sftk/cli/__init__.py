@@ -1,0 +1,5 @@
+"""The `sftk` command."""
+
+from sftk.cli.main import main
+
+__all__ = ["main"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,6 +128,14 @@ class Graph(Transform):
         if unbound:
             raise SpecError(f"the graph {self.name!r} needs models for {unbound}, found {sorted(models)}")
         return to_state(values | self.run(values, models), like=state)
+
+    def trace(self, values: Mapping[str, Any], models: Mapping[str, Any]) -> Iterator[tuple[Node, str, Any]]:
+        """Runs the graph node by node and yields (node, key, value) for everything that is written."""
+        state = dict(values)
+        for node, step in zip(self.nodes, self._steps, strict=True):
+            step(state, models)
+            for key in node.writes:
+                yield node, key, state[key]
 
     def subgraph(self, outputs: Sequence[str]) -> Graph:
         """Only the nodes that `outputs` need.

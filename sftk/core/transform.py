@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import attrs
+from torch import Tensor
 
 from sftk.core import registry
 
@@ -91,6 +93,8 @@ class FunctionTransform(Transform):
         self.optional = tuple(a for a in self.arguments if a not in self.inputs)
         self.options = {p.name: p for p in parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY}
         self.example, self.check = example, check
+        hints = typing.get_type_hints(fn)
+        self.tensors_only = all(hints.get(name) in (Tensor, Tensor | None) for name in self.arguments)
         self.__doc__ = fn.__doc__
         self.__module__ = fn.__module__
         self.__wrapped__ = fn

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-import attrs
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -17,7 +17,8 @@ LayerKV = tuple[Tensor, Tensor, Tensor, Tensor]
 RopeMode = Literal["absolute", "relative"]
 
 
-@attrs.frozen(kw_only=True, eq=False)
+# Dataclasses, not attrs: torch.compile can trace the construction of a frozen dataclass but not that of a frozen attrs class.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Chunk:
     """Keys and values of consecutive frames, of all layers.
 
@@ -39,7 +40,7 @@ class Chunk:
         return Chunk(layers=layers, positions=self.positions[start:stop])
 
 
-@attrs.frozen(kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class KVCache:
     """Keys and values of the frames so far. Immutable: chunks are shared between a cache and those made from it.
 
@@ -101,7 +102,7 @@ def append(cache: KVCache, kv: Sequence[LayerKV], positions: tuple[int, ...]) ->
     text = cache.text
     if text is None:
         text = tuple((layer[2].detach(), layer[3].detach()) for layer in kv)
-    return attrs.evolve(cache, chunks=(*cache.chunks, chunk), text=text)
+    return dataclasses.replace(cache, chunks=(*cache.chunks, chunk), text=text)
 
 
 def window(cache: KVCache, *, size: int | None, sink: int = 0) -> KVCache:
@@ -135,7 +136,7 @@ def window(cache: KVCache, *, size: int | None, sink: int = 0) -> KVCache:
                 runs.append([i])
         chunks += [chunk.take(run[0], run[-1] + 1) for run in runs]
         offset += len(chunk.positions)
-    return attrs.evolve(cache, chunks=tuple(chunks))
+    return dataclasses.replace(cache, chunks=tuple(chunks))
 
 
 def detach(cache: KVCache) -> KVCache:
@@ -146,9 +147,9 @@ def detach(cache: KVCache) -> KVCache:
         0
     """
     chunks = tuple(
-        attrs.evolve(chunk, layers=tuple((k.detach(), v.detach()) for k, v in chunk.layers)) for chunk in cache.chunks
+        dataclasses.replace(chunk, layers=tuple((k.detach(), v.detach()) for k, v in chunk.layers)) for chunk in cache.chunks
     )
-    return attrs.evolve(cache, chunks=chunks)
+    return dataclasses.replace(cache, chunks=chunks)
 
 
 def straight_through(context: Sequence[LayerKV], exit_kv: Sequence[LayerKV]) -> tuple[LayerKV, ...]:

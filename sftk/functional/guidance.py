@@ -20,6 +20,9 @@ def guide(cond: Tensor, uncond: Tensor, *, scale: float):
     Args:
         cond, uncond: predictions of the same kind (x0 or flow), any shape.
 
+    Returns:
+        guided: the same shape.
+
     Source: arXiv 2207.12598, eq. 6.
 
     Example:

@@ -64,6 +64,7 @@ class Layout:
 
 
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def token_mask(layout: Layout, tokens_per_frame: int, device: torch.device) -> Tensor:
     """[L, L] bool over tokens, for attention that takes a dense mask.
 
@@ -76,6 +77,7 @@ def token_mask(layout: Layout, tokens_per_frame: int, device: torch.device) -> T
 
 
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def flex_mask(layout: Layout, tokens_per_frame: int, device: torch.device) -> Any:
     """The layout as FlexAttention's `BlockMask`, built once for each layout, size and device.
 

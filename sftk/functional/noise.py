@@ -148,6 +148,9 @@ def flow_target(x0: Tensor, noise: Tensor):
     Args:
         x0, noise: [B, F, C, H, W].
 
+    Returns:
+        target: [B, F, C, H, W].
+
     Example:
         >>> import torch
         >>> flow_target(torch.zeros(1), torch.ones(1))

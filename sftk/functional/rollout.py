@@ -235,6 +235,7 @@ def renoise(x0: Tensor, key: Key, step: Step, block: Block, *, schedule: Schedul
     Args:
         x0: [B, block.frames, C, H, W].
         step: its `next_timestep` is the level.
+        schedule, shift: how that timestep becomes a sigma, see `timestep_to_sigma`.
 
     Returns:
         noisy: [B, block.frames, C, H, W].

@@ -177,6 +177,7 @@ def crop_length(
         noise: [B, F, C, H, W], of the longest length.
         min_frames: the shortest length; None keeps every frame.
         frames_per_block, independent_first_frame: lengths are whole blocks.
+        name: tells draws of one step apart.
 
     Returns:
         cropped: [B, F', C, H, W].
@@ -213,6 +214,7 @@ def drop_condition(key: Key, prompt_embeds: Tensor, negative_embeds: Tensor, *, 
     Args:
         prompt_embeds, negative_embeds: [B, L, D].
         rate: share of samples, in [0, 1].
+        name: tells draws of one step apart.
 
     Returns:
         dropped_embeds: [B, L, D].

@@ -20,6 +20,7 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
 
 
 @functools.lru_cache(maxsize=128)
+@torch.inference_mode(False)  # a table that is first needed while sampling must serve training, too
 def rope_table(
     positions: tuple[int, ...],
     height: int,

@@ -91,7 +91,7 @@ class WanModel(nn.Module):
         Raises:
             ShapeError: an argument does not fit the config.
         """
-        frames, height, width = self._check(latents, timestep, prompt_embeds, layout)
+        frames, height, width = self._check(latents, timestep, prompt_embeds, cache, layout)
         x = self._embed_patches(latents)
         time = self.time_embedding(sinusoidal_embedding(timestep, self.config.freq_dim).to(self._dtype(latents)))
         modulation = upcast(self.time_projection(time)).unflatten(-1, (6, -1))
@@ -115,7 +115,9 @@ class WanModel(nn.Module):
         flow = self._unpatch(self.head(x, time), frames, height, width)
         return flow.to(latents.dtype), tuple(kv), tuple(features)
 
-    def _check(self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, layout: Layout | None) -> tuple[int, int, int]:
+    def _check(
+        self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, cache: KVCache | None, layout: Layout | None
+    ) -> tuple[int, int, int]:
         config = self.config
         if latents.dim() != 5 or latents.shape[2] != config.in_dim:
             raise ShapeError(f"latents must be [B, F, {config.in_dim}, H, W], found {list(latents.shape)}")
@@ -129,6 +131,8 @@ class WanModel(nn.Module):
         if height % config.patch_size[1] or width % config.patch_size[2]:
             raise ShapeError(f"a patch of {config.patch_size[1:]} does not divide latents of {height}x{width}")
         check_layout(layout, frames)
+        if layout is not None and cache is not None and cache.frames:
+            raise ShapeError(f"a layout speaks of one pass's own frames; found one with a cache of {cache.frames} frames")
         return frames, height // config.patch_size[1], width // config.patch_size[2]
 
     def _dtype(self, latents: Tensor) -> torch.dtype:

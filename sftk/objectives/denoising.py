@@ -29,7 +29,7 @@ def squared_error(prediction: Tensor, target: Tensor, weight: Tensor | None = No
     error = (at_least_float32(prediction) - at_least_float32(target)) ** 2
     if weight is not None:
         error = error * weight.to(error.dtype)
-    return error.sum(), torch.full((), float(error.numel()), device=error.device)
+    return error.sum(), torch.full((), float(error.numel()), device=error.device, dtype=error.dtype)
 
 
 def denoising_error(

@@ -101,6 +101,9 @@ def surrogate_loss(x0: Tensor, grad: Tensor, gradient_mask: Tensor | None = None
 def mean_magnitude(grad: Tensor):
     """Mean absolute value, a number to watch.
 
+    Args:
+        grad: any shape.
+
     Returns:
         gradient_norm: [] float32.
 

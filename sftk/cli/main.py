@@ -1,0 +1,43 @@
+"""Entry point: groups the commands and turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+import sftk
+from sftk.cli.run import run
+from sftk.errors import SftkError, SpecError
+from sftk.runtime.stage import Interrupted
+
+USAGE_ERROR = 2
+
+
+class Commands(click.Group):
+    """A group whose commands end with one clear message instead of a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command; a user's mistake exits with 2, a failed run with 1, an interrupted one with 130."""
+        try:
+            return super().invoke(ctx)
+        except SpecError as error:
+            count = len(error.problems)
+            click.echo(f"error: {count} problem{'s' * (count != 1)}\n" + "\n".join(f"  {p}" for p in error.problems), err=True)
+            sys.exit(USAGE_ERROR)
+        except SftkError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+        except Interrupted as stop:
+            click.echo(f"{stop}; go on with --resume", err=True)
+            sys.exit(130 if stop.signal == "SIGINT" else 143)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(sftk.__version__, prog_name="sftk")
+def main() -> None:
+    """Distil a video diffusion teacher into a fast, causal, streaming student."""
+
+
+main.add_command(run)

@@ -1,0 +1,102 @@
+"""Builds what a stage needs: models behind ports, averages, optimisers, compiled graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+from sftk.core.graph import Graph
+from sftk.models.weights import build_model
+from sftk.runtime.ema import Ema
+from sftk.runtime.optim import make_optimizer
+from sftk.runtime.parallelize import limit_recompiles, parallelize
+from sftk.runtime.port import Port
+from sftk.runtime.segments import compile_segments
+from sftk.spec.files import find_file
+from sftk.spec.recipe import Stage
+from sftk.spec.schema import ModelSection
+
+WeightFinder = Mapping[str, Path]
+"""`<stage>/<role>` to the weight file that the stage left."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Built:
+    """A stage's moving parts.
+
+    Args:
+        modules: role to module, for roles that are not averages.
+        emas: role to average.
+        ports: role to what graphs call, averages among them.
+        optimizers: role to optimiser.
+        graphs: phase to graph, compiled where the recipe says so.
+        device: where they live.
+    """
+
+    modules: dict[str, nn.Module]
+    emas: dict[str, Ema]
+    ports: dict[str, Port]
+    optimizers: dict[str, torch.optim.Optimizer]
+    graphs: dict[str, Graph]
+    device: torch.device
+
+
+def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder) -> Built:
+    """Builds a stage on a device.
+
+    Args:
+        earlier: weights of the stages before it.
+
+    Raises:
+        CheckpointError: weights do not fit.
+    """
+    recipe = stage.recipe
+    compiled = device.type == "cuda" if recipe.compile == "auto" else recipe.compile
+    updated = {role for phase in recipe.phases for role in phase.roles}
+    modules: dict[str, nn.Module] = {}
+    for index, (role, section) in enumerate(recipe.models.items()):
+        if section.ema_of is None:
+            model = build_model(
+                section.config,
+                weights=weights_file(section, stage, earlier),
+                seed=recipe.seed * 1000 + index,
+                dtype=section.dtype,
+                backend=section.backend,
+                device=device,
+            )
+            modules[role] = model.requires_grad_(role in updated)
+    emas = {role: Ema(modules[role], ema.decay, ema.start) for role, ema in recipe.ema.items()}
+    for role, module in modules.items():
+        parallelize(module, checkpoint=recipe.models[role].checkpoint, compile_blocks=compiled)
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else None
+    ports = {role: Port(module, dtype) for role, module in modules.items()}
+    for role, section in recipe.models.items():
+        if section.ema_of is not None:
+            ports[role] = Port(emas[section.ema_of].module, dtype)
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        role: make_optimizer(modules[role].parameters(), section) for role, section in recipe.optimizers.items()
+    }
+    if compiled:
+        limit_recompiles()
+    graphs = {name: compile_segments(graph) if compiled else graph for name, graph in stage.graphs.items()}
+    return Built(modules=modules, emas=emas, ports=ports, optimizers=optimizers, graphs=graphs, device=device)
+
+
+def weights_file(section: ModelSection, stage: Stage, earlier: WeightFinder) -> Path | None:
+    """The file that a model's `weights` names, or None for random weights."""
+    if section.weights is None:
+        return None
+    if section.weights in earlier:
+        return earlier[section.weights]
+    return find_file(section.weights, stage.path)
+
+
+def evaluation_port(built: Built, role: str, precision: str) -> Any:
+    """A role as it is evaluated: its average where one is kept."""
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    return Port(built.emas[role].module, dtype) if role in built.emas else built.ports[role]

@@ -1,0 +1,169 @@
+"""The evaluation of the digits task: real clips, teacher, student before and after, at 21 frames and late in a long rollout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from sftk.data.digits import DIRECTIONS, prompt_text
+from sftk.data.digits_classifier import load_classifier
+from sftk.data.digits_metrics import evaluate_clips, evaluate_real
+from sftk.data.sources import source
+from sftk.runtime.media import can_write_mp4, contact_sheet, video_grid, write_gif, write_mp4
+from sftk.runtime.sampling import StudentSampling, TeacherSampling, sample_latents, student_graph, teacher_graph
+
+FIGURES = "assets/digits/figures.json"
+"""Figures of real clips and of the shipped teacher, with the weights' hash, so that a run need not sample it anew."""
+
+
+@attrs.frozen(kw_only=True)
+class DigitsEvaluation:
+    """Options of the evaluator `digits`.
+
+    Args:
+        student, teacher: roles; null leaves them out.
+        clips: how many are sampled, with prompts over all digits and directions.
+        late_frames: length of the long rollout, whose last window is judged too; null leaves it out.
+        batch: clips in one pass.
+        seed: of the held-out noise.
+        sample_prompts: prompts shown in the report.
+        student_sampling, teacher_sampling: how they sample.
+    """
+
+    student: str | None = None
+    teacher: str | None = None
+    clips: int = 400
+    late_frames: int | None = 63
+    batch: int = 50
+    seed: int = 20_240_607
+    sample_prompts: int = 6
+    student_sampling: StudentSampling = attrs.field(factory=StudentSampling)
+    teacher_sampling: TeacherSampling = attrs.field(factory=TeacherSampling)
+
+
+Row = dict[str, Any]
+
+
+def eval_prompts(count: int) -> list[str]:
+    """Prompts over all digits and directions in turn.
+
+    Example:
+        >>> eval_prompts(2)
+        ['a 0 moving left', 'a 1 moving right']
+    """
+    return [prompt_text(i % 10, DIRECTIONS[(i + i // 20) % len(DIRECTIONS)]) for i in range(count)]
+
+
+@attrs.define(eq=False)
+class DigitsEvaluator:
+    """Judges models on the digits task.
+
+    Args:
+        options: what is judged.
+        frames: length of a training clip, and of every window that is judged.
+        device: where sampling runs.
+    """
+
+    options: DigitsEvaluation
+    frames: int
+    device: torch.device
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        shape = source("digits").sample_shape
+        assert shape is not None
+        return shape
+
+    def student(self, port: Any, frames: int, prompts: list[str], seed: int | None = None) -> Tensor:
+        """Frames [N, F, 16, 16] of the student's rollout."""
+        graph = student_graph(self.options.student_sampling)
+        return self._sample(graph, port, frames, prompts, seed)
+
+    def teacher(self, port: Any, prompts: list[str], seed: int | None = None) -> Tensor:
+        """Frames [N, F, 16, 16] of the teacher's ODE."""
+        return self._sample(teacher_graph(self.options.teacher_sampling), port, self.frames, prompts, seed)
+
+    def _sample(self, graph: Any, port: Any, frames: int, prompts: list[str], seed: int | None) -> Tensor:
+        seed = self.options.seed if seed is None else seed
+        shape = (frames, *self._shape)
+        data = source("digits")
+        latents = sample_latents(
+            graph, port, prompts, data, shape, seed=seed, device=self.device, batch=self.options.batch
+        )
+        return data.decode(latents)
+
+    def judge(self, video: Tensor, prompts: list[str]) -> Row:
+        """The three metrics of the first window, and of the last one where the video is longer."""
+        classifier = load_classifier("cpu")
+        row: Row = dict(evaluate_clips(video[:, : self.frames], prompts, classifier=classifier))
+        if video.shape[1] > self.frames:
+            row["late"] = dict(evaluate_clips(video[:, -self.frames :], prompts, classifier=classifier))
+        return row
+
+    def student_row(self, port: Any) -> Row:
+        """Metrics of a student: its first window and, where asked for, its last in a long rollout (one rollout serves both)."""
+        prompts = eval_prompts(self.options.clips)
+        return self.judge(self.student(port, self.options.late_frames or self.frames, prompts), prompts)
+
+    def teacher_row(self, port: Any) -> Row:
+        """Metrics of a teacher."""
+        prompts = eval_prompts(self.options.clips)
+        return self.judge(self.teacher(port, prompts), prompts)
+
+    def real_row(self) -> Row:
+        """Metrics of held-out real clips."""
+        classifier = load_classifier("cpu")
+        row: Row = dict(evaluate_real(self.options.clips, frames=self.frames, classifier=classifier))
+        if self.options.late_frames:
+            row["late"] = dict(evaluate_real(self.options.clips, frames=self.frames, seed=2, classifier=classifier))
+        return row
+
+    def write_samples(self, folder: Path, ports: dict[str, tuple[str, Any]]) -> dict[str, Tensor]:
+        """Writes a GIF, an MP4 and contact sheets of the same prompts by several models.
+
+        Args:
+            folder: where to.
+            ports: caption to ("teacher" or "student", port).
+
+        Returns:
+            caption to frames [N, F, 16, 16].
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        prompts = [prompt_text(digit, direction) for digit, direction in zip((3, 8, 0, 5, 7, 2), DIRECTIONS * 2, strict=False)]
+        prompts = prompts[: self.options.sample_prompts]
+        videos = {
+            caption: self.teacher(port, prompts, seed=7) if kind == "teacher" else self.student(port, self.frames, prompts, seed=7)
+            for caption, (kind, port) in ports.items()
+        }
+        if not videos:
+            return {}
+        rows = [(prompt, [video[i] for video in videos.values()]) for i, prompt in enumerate(prompts)]
+        grid = video_grid(rows, list(videos))
+        fps = source("digits").fps
+        write_gif(folder / "side_by_side.gif", grid, fps)
+        if can_write_mp4():
+            write_mp4(folder / "side_by_side.mp4", grid, fps)
+        sheet = [(f"{prompt}\n{caption}", video[i]) for i, prompt in enumerate(prompts) for caption, video in videos.items()]
+        contact_sheet(folder / "contact_sheet.png", sheet, title="every other frame of the same prompts")
+        return videos
+
+
+def shipped_figures(weights: Path | None, options: DigitsEvaluation) -> dict[str, Row] | None:
+    """Figures that ship for these teacher weights and sampling options, or None when they are of others."""
+    path = Path(__file__).parent.parent / FIGURES
+    if weights is None or not path.is_file():
+        return None
+    figures = json.loads(path.read_text())
+    same = figures["weights_sha256"] == file_hash(weights) and figures["teacher_sampling"] == attrs.asdict(options.teacher_sampling)
+    return figures["rows"] if same else None
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

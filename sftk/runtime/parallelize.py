@@ -1,0 +1,44 @@
+"""What is done to a model from outside, in one place and one order: activation checkpointing, then per-block compilation."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+RECOMPILE_LIMIT = 64
+"""Graphs of one block over a rollout: context lengths times gradient modes, with room."""
+
+
+def parallelize(model: nn.Module, *, checkpoint: str = "none", compile_blocks: bool = False) -> nn.Module:
+    """Wraps the model's `blocks` in place and returns it.
+
+    Args:
+        model: has `blocks`, a `ModuleList`.
+        checkpoint: `full` recomputes each block in the backward pass instead of keeping its activations.
+        compile_blocks: compile each block with `torch.compile`.
+
+    Example:
+        >>> from sftk.models import WanModel, preset
+        >>> model = parallelize(WanModel(preset("digits")), checkpoint="full")
+        >>> sorted(model.state_dict())[0]
+        'blocks.0.cross_attn.k.bias'
+    """
+    blocks = model.get_submodule("blocks")
+    assert isinstance(blocks, nn.ModuleList)
+    for index, block in enumerate(blocks):
+        if checkpoint == "full":
+            block = checkpoint_wrapper(block, preserve_rng_state=False)
+            blocks[index] = block
+        if compile_blocks:
+            block.compile()
+    if compile_blocks:
+        limit_recompiles()
+    return model
+
+
+def limit_recompiles() -> None:
+    """Makes reaching the recompile limit an error instead of a silent fall back to eager."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 1024)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True

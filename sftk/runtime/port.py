@@ -1,0 +1,33 @@
+"""What stands behind a role in a graph: a module, called under the run's precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Port:
+    """Calls a module with plain tensors, under autocast when the run is in half precision.
+
+    Args:
+        module: a backbone.
+        dtype: compute dtype of autocast; None calls the module as it is.
+
+    Example:
+        >>> from sftk.models import WanModel, preset
+        >>> port = Port(WanModel(preset("digits")), None)
+        >>> port(torch.zeros(1, 3, 4, 8, 8), torch.zeros(1, 3), torch.zeros(1, 4, 32))[0].shape
+        torch.Size([1, 3, 4, 8, 8])
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None):
+        self.module, self.dtype = module, dtype
+
+    def __call__(self, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.dtype is None:
+            return self.module(latents, *args, **kwargs)
+        with torch.autocast(latents.device.type, self.dtype):
+            flow, kv, features = self.module(latents, *args, **kwargs)
+        return flow.to(latents.dtype), kv, features

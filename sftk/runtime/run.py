@@ -1,0 +1,189 @@
+"""Runs a recipe: its stages in order, the evaluation, the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import sftk
+from sftk.runtime.build import evaluation_port, weights_file
+from sftk.runtime.device import device_name
+from sftk.runtime.evaluate import shipped_figures
+from sftk.runtime.evaluators import EVALUATORS, evaluation_enabled, evaluation_options
+from sftk.runtime.progress import TrainingProgress
+from sftk.runtime.report import write_report
+from sftk.runtime.rundir import RunDir, open_run, write_text
+from sftk.runtime.stage import StageRun, saved_weights
+from sftk.runtime.tracking import JsonlTracker, MultiTracker, TensorBoardTracker, Tracker, WandbTracker
+from sftk.spec.convert import unstructure
+from sftk.spec.recipe import Stage, load_recipe
+from sftk.spec.source import dump_yaml
+
+
+def run_recipe(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    run_dir: Path | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+) -> RunDir:
+    """Trains, evaluates and reports what a recipe says; `sftk run` is this function.
+
+    Args:
+        recipe: a file, looked up in the working directory and then in the package.
+        overrides: `key.path=value`.
+        run_dir: the run's folder; by default `runs/<recipe>/<time>`.
+        resume: go on from the last checkpoint; without one, start afresh.
+        console: where progress is shown.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        SpecError: the recipe is wrong; nothing was written.
+        NonFiniteError: a loss became NaN or infinite.
+        Interrupted: a signal stopped the run after a checkpoint.
+    """
+    stages = load_recipe(recipe, overrides)
+    name = Path(str(recipe)).stem
+    for stage in stages:
+        if evaluation_enabled(stage.recipe):
+            evaluation_options(stage)
+    run = open_run(name, run_dir, resume)
+    write_text(run.recipe, _resolved(stages))
+    console = console or Console()
+    earlier: dict[str, Path] = {}
+    seconds = dict(run.read("seconds.json") or {}) if resume else {}
+    summary: dict[str, Any] = {}
+    with TrainingProgress(console) as progress:
+        for stage in stages:
+            summary = _run_stage(stage, run, earlier, seconds, resume, progress, last=stage is stages[-1])
+            earlier |= saved_weights(stage, run.checkpoints(stage.name))
+    facts = {
+        "recipe": name,
+        "sftk": sftk.__version__,
+        "torch": torch.__version__,
+        "seed": stages[-1].recipe.seed,
+        "steps": {stage.name: stage.recipe.train.steps for stage in stages},
+        "seconds": {key: round(value, 1) for key, value in seconds.items()},
+    }
+    run.write("summary.json", facts | summary)
+    report = write_report(run.root)
+    console.print(f"finished: {report}", soft_wrap=True)
+    return run
+
+
+def _run_stage(
+    stage: Stage,
+    run: RunDir,
+    earlier: dict[str, Path],
+    seconds: dict[str, float],
+    resume: bool,
+    progress: TrainingProgress,
+    *,
+    last: bool,
+) -> dict[str, Any]:
+    """Trains one stage and, for the last one, evaluates it."""
+    training = StageRun(stage, run.checkpoints(stage.name), earlier)
+    evaluation = _Evaluation(stage, training, run, progress) if last and evaluation_enabled(stage.recipe) else None
+    if evaluation is not None:
+        evaluation.before()
+    done = training.resume() if resume else 0
+    JsonlTracker.truncate(run.metrics, stage.name, done)
+    progress.stage(stage.name, stage.recipe.train.steps, done)
+    tracker = _tracker(stage, run, done)
+    began = time.monotonic()
+    try:
+        training.train(tracker, progress)
+        seconds[f"train {stage.name}"] = seconds.get(f"train {stage.name}", 0.0) + time.monotonic() - began
+        began = time.monotonic()
+        summary = {"device": device_name(training.built.device)}
+        if evaluation is not None:
+            summary |= evaluation.after(tracker)
+            seconds["evaluate"] = time.monotonic() - began
+    finally:
+        seconds.setdefault(f"train {stage.name}", time.monotonic() - began)
+        run.write("seconds.json", seconds)
+        tracker.close()
+    return summary
+
+
+class _Evaluation:
+    """Evaluates a stage before and after its training."""
+
+    def __init__(self, stage: Stage, training: StageRun, run: RunDir, progress: TrainingProgress):
+        self.stage, self.training, self.run, self.progress = stage, training, run, progress
+        self.options = evaluation_options(stage)
+        assert stage.recipe.eval is not None
+        make = EVALUATORS[stage.recipe.eval.use].make
+        self.evaluator = make(self.options, stage.recipe.latents.frames, training.built.device)
+
+    def before(self) -> None:
+        """Judges the student as the stage finds it, once; a resumed run reads what it wrote."""
+        if self.options.student is None or self.stage.recipe.models[self.options.student].weights is None:
+            return
+        if self.run.read("student_before.json") is None:
+            self.progress.note("evaluating the student before training")
+            port = self.training.built.ports[self.options.student]
+            with torch.compiler.set_stance("force_eager"):
+                self.run.write("student_before.json", self.evaluator.student_row(port))
+
+    def after(self, tracker: Tracker) -> dict[str, Any]:
+        """All rows of the summary, and the samples. Run eagerly: a graph for each length of context would not pay."""
+        self.progress.note("evaluating")
+        with torch.compiler.set_stance("force_eager"):
+            return self._after(tracker)
+
+    def _after(self, tracker: Tracker) -> dict[str, Any]:
+        options, built = self.options, self.training.built
+        rows: dict[str, Any] = {}
+        shipped = None
+        if options.teacher is not None:
+            teacher = self.stage.recipe.models[options.teacher]
+            fixed = options.teacher not in {role for phase in self.stage.recipe.phases for role in phase.roles}
+            shipped = shipped_figures(weights_file(teacher, self.stage, self.training.earlier), options) if fixed else None
+        rows["real"] = shipped["real"] if shipped else self.evaluator.real_row()
+        samples: dict[str, tuple[str, Any]] = {}
+        precision = self.stage.recipe.precision
+        if options.teacher is not None:
+            port = evaluation_port(built, options.teacher, precision)
+            rows["teacher"] = shipped["teacher"] if shipped else self.evaluator.teacher_row(port)
+            samples["teacher"] = ("teacher", port)
+        if options.student is not None:
+            port = evaluation_port(built, options.student, precision)
+            before = self.run.read("student_before.json")
+            if before is not None:
+                rows["student_before"] = before
+            rows["student_after"] = self.evaluator.student_row(port)
+            samples["student"] = ("student", port)
+        videos = self.evaluator.write_samples(self.run.samples, samples)
+        for caption, video in videos.items():
+            tracker.video(self.training.step, f"samples/{caption}", video[0].numpy(), 8)
+        return {"evaluation": unstructure(options), **rows}
+
+
+def _tracker(stage: Stage, run: RunDir, done: int) -> MultiTracker:
+    trackers: list[Tracker] = [JsonlTracker(run.metrics, stage.name)]
+    track = stage.recipe.track
+    if track.tensorboard:
+        trackers.append(TensorBoardTracker(run.tensorboard(stage.name), resumed_at=done))
+    if track.wandb is not None:
+        wandb = track.wandb
+        config = unstructure(stage.recipe)
+        trackers.append(
+            WandbTracker(wandb.project, run.root, stage=stage.name, name=wandb.name, mode=wandb.mode, config=config)
+        )
+    return MultiTracker(trackers)
+
+
+def _resolved(stages: Sequence[Stage]) -> str:
+    """The resolved recipe: that of the only stage, or of all of them under `stages`."""
+    if len(stages) == 1:
+        return stages[0].text
+    return dump_yaml({"stages": {stage.name: stage.document.value for stage in stages}})

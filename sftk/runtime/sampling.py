@@ -1,0 +1,109 @@
+"""Videos from models: the student's cached few-step rollout, the teacher's many-step ODE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from sftk.core.graph import Graph
+from sftk.data.sources import DataSource
+from sftk.functional.keys import Key
+
+
+@attrs.frozen(kw_only=True)
+class StudentSampling:
+    """How a student samples; the names are those of `specs/rollout.yaml`.
+
+    Keys are rotated to their place in the cache (`rope: relative`), so that videos longer than the window stay in the range of
+    positions that training saw.
+    """
+
+    steps: tuple[float, ...] = (1000, 750, 500, 250)
+    shift: float = 5.0
+    warp: bool = True
+    frames_per_block: int = 3
+    independent_first_frame: bool = False
+    context_noise: float = 0.0
+    window: int | None = None
+    sink: int = 0
+    rope: str = "relative"
+    schedule: str = "continuous"
+
+
+@attrs.frozen(kw_only=True)
+class TeacherSampling:
+    """How a teacher samples; the names are those of `specs/sample_ode.yaml`."""
+
+    steps: int = 50
+    shift: float = 5.0
+    guidance: float = 4.0
+
+
+def student_graph(sampling: StudentSampling) -> Graph:
+    """The rollout of a student as a graph: all steps, no gradient.
+
+    Example:
+        >>> student_graph(StudentSampling()).ports
+        ('denoiser',)
+    """
+    graph = Graph.from_spec("specs/rollout.yaml", last_step_only=True, **attrs.asdict(sampling))
+    return graph.subgraph(["x0"])
+
+
+def teacher_graph(sampling: TeacherSampling) -> Graph:
+    """The ODE sampler of a teacher as a graph.
+
+    Example:
+        >>> teacher_graph(TeacherSampling(steps=2)).outputs
+        ('x0',)
+    """
+    return Graph.from_spec("specs/sample_ode.yaml", **attrs.asdict(sampling))
+
+
+@torch.no_grad()
+def sample_latents(
+    graph: Graph,
+    denoiser: Any,
+    prompts: Sequence[str],
+    data: DataSource,
+    shape: tuple[int, int, int, int],
+    *,
+    seed: int,
+    device: torch.device,
+    batch: int = 64,
+    extra: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """Latents for prompts, each with noise keyed by its place in the list, so that the batch size does not matter.
+
+    Args:
+        graph: from `student_graph` or `teacher_graph`.
+        denoiser: the model port.
+        prompts: texts.
+        data: embeds them.
+        shape: frames, channels, height, width.
+        seed: of the noise.
+        batch: prompts in one pass.
+        extra: further inputs of the graph, [N, ...] each, such as `initial_latents`.
+
+    Returns:
+        [N, F, C, H, W] float32, on the CPU.
+    """
+    found = []
+    for start in range(0, len(prompts), batch):
+        part = list(prompts[start : start + batch])
+        key = Key(seed=seed, phase="sample", samples=tuple(range(start, start + len(part))))
+        values: dict[str, Any] = {
+            "key": key,
+            "noise": key.normal("noise", shape, device=device),
+            "prompt_embeds": data.embed(part).to(device),
+            "negative_embeds": data.embed([""] * len(part)).to(device),
+        }
+        values |= {name: tensor[start : start + len(part)].to(device) for name, tensor in (extra or {}).items()}
+        wanted = (*graph.inputs, *graph.optional)
+        x0 = graph.run({name: value for name, value in values.items() if name in wanted}, {"denoiser": denoiser})["x0"]
+        found.append(x0.float().cpu())
+    return torch.cat(found)

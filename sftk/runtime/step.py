@@ -1,0 +1,116 @@
+"""One training step: a fold over phases, each a graph, a backward pass and an update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from sftk.core.geometry import LatentShape
+from sftk.core.graph import Graph
+from sftk.core.state import from_state, to_state
+from sftk.functional.keys import Key
+from sftk.runtime.build import Built
+from sftk.runtime.optim import apply_gradients, learning_rate
+from sftk.spec.schema import PhaseSection, Recipe
+
+Metrics = dict[str, Tensor]
+
+
+class TrainingStep:
+    """Runs the phases of a recipe, one step after the other.
+
+    Args:
+        recipe: phases, batch and learning rates.
+        built: models, optimisers, averages and graphs; the step changes them.
+        batches: endless micro-batches of the data.
+    """
+
+    def __init__(self, recipe: Recipe, built: Built, batches: Iterator[Mapping[str, Any]]):
+        self.recipe, self.built, self.batches = recipe, built, batches
+        self.shape = LatentShape(
+            frames=recipe.latents.frames,
+            channels=recipe.latents.channels,
+            height=recipe.latents.height,
+            width=recipe.latents.width,
+        )
+        self.last_inputs: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, step: int) -> Metrics:
+        """Runs step number `step`, counted from 0, and returns its metrics as tensors that nothing waited for."""
+        metrics: Metrics = {}
+        outputs: dict[str, list[dict[str, Any]]] = {}
+        inputs: dict[str, list[dict[str, Any]]] = {}
+        for phase in self.recipe.phases:
+            if step % phase.every == 0:
+                metrics |= self._phase(phase, step, outputs, inputs)
+        for ema in self.built.emas.values():
+            ema.update(step)
+        return metrics
+
+    def _phase(
+        self, phase: PhaseSection, step: int, outputs: dict[str, list[dict[str, Any]]], inputs: dict[str, list[dict[str, Any]]]
+    ) -> Metrics:
+        graph, recipe = self.built.graphs[phase.name], self.recipe
+        for role, module in self.built.modules.items():
+            module.requires_grad_(role in phase.roles)
+        models = {port: self.built.ports[phase.models.get(port, port)] for port in graph.ports}
+        total, weights = None, None
+        logged: dict[str, list[Tensor]] = {key: [] for key in phase.log}
+        outputs[phase.name], inputs[phase.name] = [], []
+        for micro in range(recipe.batch.accumulation):
+            values = self._inputs(phase, graph, step, micro, outputs, inputs)
+            self.last_inputs[phase.name] = values
+            out = from_state(graph(to_state(values, like=TensorDict()), models))
+            loss, weight = out[phase.loss], out[f"{phase.loss}_weight"]
+            loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+            weights = weight if weights is None else weights + weight
+            for key, found in logged.items():
+                found.append(out[key].detach().float().mean())
+            kept = {key: value for key, value in out.items() if key in graph.outputs}
+            outputs[phase.name].append({key: v.detach() if isinstance(v, Tensor) else v for key, v in kept.items()})
+        assert total is not None and weights is not None
+        metrics = {f"{phase.name}/loss": total / weights}
+        for role in phase.roles:
+            optimizer = self.built.optimizers[role]
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(recipe.optimizers[role], step, recipe.train.steps)
+            name = "grad_norm" if len(phase.roles) == 1 else f"grad_norm_{role}"
+            metrics[f"{phase.name}/{name}"] = apply_gradients(optimizer, weights, phase.clip)
+        return metrics | {f"{phase.name}/{key}": torch.stack(found).mean() for key, found in logged.items()}
+
+    def _inputs(
+        self,
+        phase: PhaseSection,
+        graph: Graph,
+        step: int,
+        micro: int,
+        outputs: dict[str, list[dict[str, Any]]],
+        inputs: dict[str, list[dict[str, Any]]],
+    ) -> dict[str, Any]:
+        """The graph's inputs for one micro-batch; a phase that reads another's outputs sees the same samples."""
+        batch = self.recipe.batch.per_rank or self.recipe.batch.global_
+        producers = [source.partition(".")[0] for source in phase.in_.values() if "." in source]
+        if producers:
+            values = dict(inputs[producers[0]][micro])
+        else:
+            device = self.built.device
+            values = {
+                key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                for key, value in next(self.batches).items()
+            }
+        samples = tuple(range(micro * batch, (micro + 1) * batch))
+        key = Key(seed=self.recipe.seed, phase=phase.name, update=step, samples=samples)
+        if not producers and "noise" in graph.inputs:
+            values["noise"] = key.normal("noise", self.shape.tensor_shape(1)[1:], device=self.built.device)
+        inputs[phase.name].append(values)
+        wanted = (*graph.inputs, *graph.optional)
+        found = {name: values[name] for name in wanted if name in values}
+        for name, source in phase.in_.items():
+            producer, dot, output = source.partition(".")
+            found[name] = outputs[producer][micro][output] if dot else values[source]
+        return found | {"key": key}

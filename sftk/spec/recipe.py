@@ -1,0 +1,322 @@
+"""Recipes: read, override, check as a whole, and resolve into graphs, without loading a weight."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import attrs
+
+from sftk.core.graph import Graph
+from sftk.data.sources import data_keys, data_problems
+from sftk.errors import Problem, SpecError, did_you_mean
+from sftk.spec.compat import compat_defaults
+from sftk.spec.convert import structure
+from sftk.spec.files import find_file, show_path
+from sftk.spec.graphs import Origin, build_graph
+from sftk.spec.overrides import apply_overrides
+from sftk.spec.schema import PhaseSection, Recipe, StagedRecipe
+from sftk.spec.source import Document, dump_yaml, read_yaml
+
+RUNNER_KEYS = ("noise", "key")
+"""Graph inputs that the runner gives besides those of the data."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Stage:
+    """One stage, ready to build: the recipe, its graphs and the document that it came from.
+
+    Args:
+        name: of the stage; the recipe file's stem when it is the only one.
+        recipe: what it says.
+        graphs: phase name to graph.
+        document: as read, with overrides.
+        path: the recipe file.
+    """
+
+    name: str
+    recipe: Recipe
+    graphs: dict[str, Graph]
+    document: Document
+    path: Path
+
+    @property
+    def text(self) -> str:
+        """The resolved recipe as YAML."""
+        return dump_yaml(self.document.value)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Stage, ...]:
+    """Reads a recipe and checks everything that can be known before weights are loaded.
+
+    Args:
+        path: the file, looked up in the working directory and then in the package.
+        overrides: `key.path=value`; `stage:` recipes take `<stage>.key.path=value`, and unprefixed ones go to the last stage.
+
+    Returns:
+        Its stages, in order; one for a plain recipe.
+
+    Raises:
+        SpecError: with every problem, each with its path, file and line.
+
+    Example:
+        >>> [stage.name for stage in load_recipe("recipes/dmd.yaml", ["train.steps=10"])]
+        ['dmd']
+    """
+    found = find_file(str(path))
+    document = read_yaml(found, show_path(found))
+    if not (isinstance(document.value, dict) and "stages" in document.value):
+        stage, problems = _read_stage(found.stem, found, document, overrides, earlier={})
+        if stage is None or problems:
+            raise SpecError(problems)
+        return (stage,)
+    return _read_stages(found, document, overrides)
+
+
+def _read_stages(path: Path, document: Document, overrides: Sequence[str]) -> tuple[Stage, ...]:
+    staged = structure(document, StagedRecipe)
+    names = [stage.name for stage in staged.stages]
+    problems: list[Problem] = []
+    if not names:
+        problems.append(document.problem(("stages",), "a recipe with `stages` has at least one"))
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            problems.append(document.problem(("stages", index, "name"), f"two stages are called {name!r}"))
+    taken: dict[str, list[str]] = {name: [] for name in names}
+    for override in overrides:
+        head, dot, rest = override.partition(".")
+        target = head if dot and head in taken else names[-1] if names else ""
+        taken.setdefault(target, []).append(rest if dot and head in taken else override)
+    stages: dict[str, Stage] = {}
+    for index, section in enumerate(staged.stages):
+        try:
+            found = find_file(section.recipe, path)
+            inner = read_yaml(found, show_path(found))
+        except SpecError as error:
+            place = ("stages", index, "recipe")
+            problems += [document.problem(place, p.message, p.hint) if p.file is None else p for p in error.problems]
+            continue
+        if isinstance(inner.value, dict) and "stages" in inner.value:
+            message = f"{section.recipe} has stages of its own; a stage is a plain recipe"
+            problems.append(document.problem(("stages", index, "recipe"), message))
+            continue
+        for key, value in section.with_.items():
+            file, line = document.where(("stages", index, "with", key))
+            try:
+                inner = inner.replace(tuple(int(p) if p.isdigit() else p for p in key.split(".")), value, file, line)
+            except SpecError as error:
+                problems += error.problems
+        stage, wrong = _read_stage(section.name, found, inner, taken[section.name], earlier=stages)
+        problems += wrong
+        if stage is not None:
+            stages[section.name] = stage
+    if problems:
+        raise SpecError(problems)
+    return tuple(stages.values())
+
+
+def _read_stage(
+    name: str, path: Path, document: Document, overrides: Sequence[str], earlier: Mapping[str, Stage]
+) -> tuple[Stage | None, list[Problem]]:
+    """A stage and its problems. What the schema refuses hides the rest, so graphs are checked only when it accepts."""
+    try:
+        document = apply_overrides(document, overrides)
+        recipe = structure(document, Recipe)
+    except SpecError as error:
+        return None, list(error.problems)
+    problems = _load_plugins(recipe, document, path)
+    graphs: dict[str, Graph] = {}
+    for index, phase in enumerate(recipe.phases):
+        graph, wrong = _phase_graph(recipe, phase, index, document, path)
+        problems += wrong
+        if graph is not None:
+            graphs[phase.name] = graph
+    problems += _Checks(recipe, document, graphs, path, earlier).all()
+    return Stage(name=name, recipe=recipe, graphs=graphs, document=document, path=path), problems
+
+
+def _load_plugins(recipe: Recipe, document: Document, path: Path) -> list[Problem]:
+    problems = []
+    for index, plugin in enumerate(recipe.plugins):
+        place = ("plugins", index)
+        try:
+            if plugin.endswith(".py"):
+                import_file(find_file(plugin, path))
+            else:
+                importlib.import_module(plugin)
+        except SpecError as error:
+            problems += [document.problem(place, p.message, p.hint) for p in error.problems]
+        except Exception as error:
+            problems.append(document.problem(place, f"the plugin {plugin!r} cannot be imported: {type(error).__name__}: {error}"))
+    return problems
+
+
+def import_file(path: Path) -> None:
+    """Imports a Python file once, under a name made from its path.
+
+    Raises:
+        Exception: whatever the file raises.
+    """
+    name = f"sftk_plugin_{path.resolve().stem}_{abs(hash(str(path.resolve()))):x}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+
+
+def _phase_graph(
+    recipe: Recipe, phase: PhaseSection, index: int, document: Document, path: Path
+) -> tuple[Graph | None, list[Problem]]:
+    place = ("phases", index)
+    try:
+        found = find_file(phase.graph, path)
+    except SpecError as error:
+        return None, [document.problem((*place, "graph"), p.message, p.hint) for p in error.problems]
+    bound = {
+        name: Origin(value=_tuples(value), document=document, path=(*place, "with", name)) for name, value in phase.with_.items()
+    }
+    return build_graph(found, bound, frames=recipe.latents.frames, defaults=compat_defaults(recipe.compat))
+
+
+def _tuples(value):
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+class _Checks:
+    """What ties the parts of a recipe together."""
+
+    def __init__(self, recipe: Recipe, document: Document, graphs: dict[str, Graph], path: Path, earlier: Mapping[str, Stage]):
+        self.recipe, self.document, self.graphs, self.path, self.earlier = recipe, document, graphs, path, earlier
+        self.problems: list[Problem] = []
+
+    def all(self) -> list[Problem]:
+        """Every problem."""
+        self._models()
+        self._optimizers()
+        self._data()
+        self._names()
+        seen: dict[str, PhaseSection] = {}
+        for index, phase in enumerate(self.recipe.phases):
+            self._phase(phase, index, seen)
+            seen[phase.name] = phase
+        return self.problems
+
+    def _say(self, path: tuple[str | int, ...], message: str, hint: str | None = None) -> None:
+        self.problems.append(self.document.problem(path, message, hint))
+
+    def _models(self) -> None:
+        recipe, models = self.recipe, self.recipe.models
+        for role, model in models.items():
+            if model.ema_of is not None:
+                if model.ema_of not in recipe.ema:
+                    self._say(("models", role, "ema_of"), f"no EMA is kept of {model.ema_of!r}", f"add ema: {{{model.ema_of}: ...}}")
+                continue
+            if model.config.in_dim != recipe.latents.channels:
+                message = f"the model takes {model.config.in_dim} channels, the latents have {recipe.latents.channels}"
+                self._say(("models", role, "size"), message)
+            _, rows, columns = model.config.patch_size
+            if recipe.latents.height % rows or recipe.latents.width % columns:
+                message = f"a patch of {rows}x{columns} does not divide latents of {recipe.latents.height}x{recipe.latents.width}"
+                self._say(("models", role, "size"), message)
+            self._weights(role, model.weights)
+        for role in recipe.ema:
+            if role not in models:
+                self._say(("ema", role), f"{role!r} is not a model of this recipe", did_you_mean(role, models))
+
+    def _weights(self, role: str, weights: str | None) -> None:
+        if weights is None:
+            return
+        stage, slash, source = weights.partition("/")
+        if slash and stage in self.earlier:
+            known = self.earlier[stage].recipe.models
+            if source not in known:
+                message = f"the stage {stage!r} has no model {source!r}"
+                self._say(("models", role, "weights"), message, did_you_mean(source, known))
+            return
+        try:
+            find_file(weights, self.path)
+        except SpecError as error:
+            for problem in error.problems:
+                self._say(("models", role, "weights"), problem.message, problem.hint)
+
+    def _optimizers(self) -> None:
+        updated = {role for phase in self.recipe.phases for role in phase.roles}
+        for role in self.recipe.optimizers:
+            if role not in self.recipe.models:
+                self._say(("optimizers", role), f"{role!r} is not a model of this recipe", did_you_mean(role, self.recipe.models))
+            elif role not in updated:
+                self._say(("optimizers", role), f"no phase updates {role!r}", "remove it, or name it in a phase's `update`")
+
+    def _data(self) -> None:
+        data = self.recipe.data
+        shape = self.recipe.latents
+        for path, message, hint in data_problems(data.use, data.with_, shape.frames, (shape.channels, shape.height, shape.width)):
+            self._say(("data", *path), message, hint)
+
+    def _names(self) -> None:
+        names = [phase.name for phase in self.recipe.phases]
+        if not names:
+            self._say(("phases",), "a recipe has at least one phase")
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                self._say(("phases", index, "name"), f"two phases are called {name!r}")
+
+    def _phase(self, phase: PhaseSection, index: int, seen: Mapping[str, PhaseSection]) -> None:
+        place, recipe = ("phases", index), self.recipe
+        for role in phase.roles:
+            if role not in recipe.models:
+                self._say((*place, "update"), f"{role!r} is not a model of this recipe", did_you_mean(role, recipe.models))
+            elif role not in recipe.optimizers:
+                self._say((*place, "update"), f"{role!r} has no optimizer", f"add optimizers: {{{role}: ...}}")
+            elif recipe.models[role].ema_of is not None:
+                self._say((*place, "update"), f"{role!r} is an average and cannot be updated")
+        graph = self.graphs.get(phase.name)
+        if graph is None:
+            return
+        for port in phase.models:
+            if port not in graph.ports:
+                self._say((*place, "models", port), f"{phase.graph} has no role {port!r}", did_you_mean(port, graph.ports))
+        for port in graph.ports:
+            role = phase.models.get(port, port)
+            if role not in recipe.models:
+                where = (*place, "models", port) if port in phase.models else (*place, "graph")
+                hint = did_you_mean(role, recipe.models) or f"bind it with models: {{{port}: ...}}"
+                self._say(where, f"{phase.graph} needs the role {port!r}, but {role!r} is not a model of this recipe", hint)
+        self._inputs(phase, graph, place, seen)
+        weight = f"{phase.loss}_weight"
+        for key in (phase.loss, weight, *phase.log):
+            if key not in graph.outputs:
+                field = "loss" if key in (phase.loss, weight) else "log"
+                self._say((*place, field), f"{phase.graph} has no output {key!r}", did_you_mean(key, graph.outputs))
+
+    def _inputs(self, phase: PhaseSection, graph: Graph, place: tuple[str | int, ...], seen: Mapping[str, PhaseSection]) -> None:
+        known = {*RUNNER_KEYS, *data_keys(self.recipe.data.use)}
+        for key, source in phase.in_.items():
+            if key not in (*graph.inputs, *graph.optional):
+                self._say((*place, "in", key), f"{phase.graph} has no input {key!r}", did_you_mean(key, (*graph.inputs, *graph.optional)))
+            producer, dot, output = source.partition(".")
+            if not dot and source not in known:
+                self._say((*place, "in", key), f"the data has no key {source!r}", did_you_mean(source, known))
+            elif dot and producer not in seen:
+                hint = did_you_mean(producer, seen) or "a phase reads outputs of phases above it only"
+                self._say((*place, "in", key), f"no phase {producer!r} runs before {phase.name!r}", hint)
+            elif dot:
+                before = self.graphs.get(producer)
+                if before is not None and output not in before.outputs:
+                    self._say((*place, "in", key), f"the phase {producer!r} has no output {output!r}", did_you_mean(output, before.outputs))
+                if phase.every % seen[producer].every:
+                    message = f"{phase.name!r} runs on steps on which {producer!r} does not, and so cannot read its outputs"
+                    self._say((*place, "in", key), message, f"make `every` a multiple of {seen[producer].every}")
+        for key in graph.inputs:
+            if key not in phase.in_ and key not in known:
+                self._say((*place, "graph"), f"{phase.graph} needs the input {key!r}, which neither the data nor the runner gives", did_you_mean(key, known))

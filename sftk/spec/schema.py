@@ -1,0 +1,222 @@
+"""What a recipe may say. Unknown keys are errors; every default is written here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import attrs
+
+from sftk.functional.attention import Backend
+from sftk.models.config import PRESETS, WanConfig, preset
+
+
+def _at_least(least: float):
+    def check(instance: Any, attribute: Any, value: Any) -> None:
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and number < least:
+                raise ValueError(f"{attribute.name.rstrip('_')} must be at least {least:g}, found {number}")
+
+    return check
+
+
+def _share(instance: Any, attribute: Any, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{attribute.name} must lie in [0, 1], found {value}")
+
+
+def _known_size(instance: Any, attribute: Any, value: Any) -> None:
+    if isinstance(value, str) and value not in PRESETS:
+        raise ValueError(f"unknown model size {value!r}, expected one of {', '.join(sorted(PRESETS))} or a mapping of sizes")
+
+
+@attrs.frozen(kw_only=True)
+class LatentsSection:
+    """Size of one sample's latents; `sftk.core.LatentShape` in a recipe."""
+
+    frames: int = attrs.field(validator=_at_least(1))
+    channels: int = attrs.field(validator=_at_least(1))
+    height: int = attrs.field(validator=_at_least(1))
+    width: int = attrs.field(validator=_at_least(1))
+
+
+@attrs.frozen(kw_only=True)
+class DataSection:
+    """Where batches come from: a registered data set and its options. `workers` 0 reads in the training process."""
+
+    use: str
+    with_: dict[str, Any] = attrs.field(factory=dict)
+    workers: int = attrs.field(default=0, validator=_at_least(0))
+
+
+@attrs.frozen(kw_only=True)
+class ModelSection:
+    """A model: its size, its weights (a file, or `<stage>/<role>` of an earlier stage; null starts from random ones)."""
+
+    size: str | WanConfig | None = attrs.field(default=None, validator=_known_size)
+    weights: str | None = None
+    ema_of: str | None = None
+    backend: Backend = "auto"
+    checkpoint: Literal["none", "full"] = "none"
+    dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
+
+    def __attrs_post_init__(self) -> None:
+        if (self.size is None) == (self.ema_of is None):
+            raise ValueError("a model has either `size` or `ema_of`")
+
+    @property
+    def config(self) -> WanConfig:
+        """The size as a config."""
+        assert self.size is not None
+        return preset(self.size) if isinstance(self.size, str) else self.size
+
+
+@attrs.frozen(kw_only=True)
+class OptimizerSection:
+    """AdamW and the course of its learning rate: `warmup` updates up, then constant, cosine or linear decay to `final`.
+
+    The decay begins after the share `decay_from` of all steps; `final` is a share of `lr`.
+    """
+
+    use: Literal["adamw"] = "adamw"
+    lr: float = attrs.field(validator=_at_least(0))
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = attrs.field(default=0.01, validator=_at_least(0))
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup: int = attrs.field(default=0, validator=_at_least(0))
+    decay_from: float = attrs.field(default=0.0, validator=_share)
+    final: float = attrs.field(default=0.0, validator=_share)
+
+
+@attrs.frozen(kw_only=True)
+class PhaseSection:
+    """One phase of a training step: a graph, the loss to minimise and the roles that it updates.
+
+    `every: 5` runs it on each fifth step. `in` binds a graph input to a key of the data or to `<phase>.<output>` of an
+    earlier phase. `models` binds the graph's roles to the recipe's. `log` names further outputs to write down.
+    """
+
+    name: str
+    graph: str
+    update: str | tuple[str, ...]
+    every: int = attrs.field(default=1, validator=_at_least(1))
+    loss: str = "loss"
+    clip: float | None = attrs.field(default=None, validator=_at_least(0))
+    in_: dict[str, str] = attrs.field(factory=dict)
+    models: dict[str, str] = attrs.field(factory=dict)
+    with_: dict[str, Any] = attrs.field(factory=dict)
+    log: tuple[str, ...] = ()
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The updated roles."""
+        return (self.update,) if isinstance(self.update, str) else self.update
+
+
+@attrs.frozen(kw_only=True)
+class TrainSection:
+    """How long to train."""
+
+    steps: int = attrs.field(validator=_at_least(0))
+
+
+@attrs.frozen(kw_only=True)
+class BatchSection:
+    """Samples of one update (`global`), and of one forward pass on one rank (`per_rank`; all of them by default)."""
+
+    global_: int = attrs.field(validator=_at_least(1))
+    per_rank: int | None = attrs.field(default=None, validator=_at_least(1))
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes of one update."""
+        return self.global_ // (self.per_rank or self.global_)
+
+    def __attrs_post_init__(self) -> None:
+        if self.per_rank is not None and self.global_ % self.per_rank:
+            raise ValueError(f"global {self.global_} must be a multiple of per_rank {self.per_rank}")
+
+
+@attrs.frozen(kw_only=True)
+class EmaSection:
+    """Exponential moving average of a role's weights, kept from step `start` on."""
+
+    decay: float = attrs.field(validator=_share)
+    start: int = attrs.field(default=0, validator=_at_least(0))
+
+
+@attrs.frozen(kw_only=True)
+class EvalSection:
+    """The evaluation at the end of a run: a registered evaluator and its options."""
+
+    use: str
+    enabled: bool = True
+    with_: dict[str, Any] = attrs.field(factory=dict)
+
+
+@attrs.frozen(kw_only=True)
+class CheckpointSection:
+    """A checkpoint each `every` steps (and at the end); the last `keep` are kept."""
+
+    every: int = attrs.field(default=500, validator=_at_least(1))
+    keep: int = attrs.field(default=2, validator=_at_least(1))
+
+
+@attrs.frozen(kw_only=True)
+class WandbSection:
+    """Weights & Biases."""
+
+    project: str = "sftk"
+    mode: Literal["online", "offline", "disabled"] = "online"
+    name: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class TrackSection:
+    """Where numbers go besides `metrics.jsonl`."""
+
+    tensorboard: bool = True
+    wandb: WandbSection | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Recipe:
+    """One stage of training, complete. See `docs/recipes.md`."""
+
+    version: Literal[1]
+    doc: str = ""
+    seed: int = 0
+    compat: Literal["self_forcing"] | None = None
+    plugins: tuple[str, ...] = ()
+    latents: LatentsSection
+    data: DataSection
+    models: dict[str, ModelSection]
+    optimizers: dict[str, OptimizerSection]
+    phases: tuple[PhaseSection, ...]
+    train: TrainSection
+    batch: BatchSection
+    ema: dict[str, EmaSection] = attrs.field(factory=dict)
+    eval: EvalSection | None = None
+    checkpoint: CheckpointSection = attrs.field(factory=CheckpointSection)
+    track: TrackSection = attrs.field(factory=TrackSection)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: Literal["auto"] | bool = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@attrs.frozen(kw_only=True)
+class StageSection:
+    """One stage of a recipe with `stages`: another recipe and overrides of it (`key.path: value`)."""
+
+    name: str
+    recipe: str
+    with_: dict[str, Any] = attrs.field(factory=dict)
+
+
+@attrs.frozen(kw_only=True)
+class StagedRecipe:
+    """A recipe that runs others one after the other."""
+
+    version: Literal[1]
+    doc: str = ""
+    stages: tuple[StageSection, ...]

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sftk.errors import ShapeError
+from sftk.functional import flow_to_x0, predict_flow, predict_flow_teacher_forced, predict_x0, predict_x0_cfg
+from sftk.functional.schedule import timestep_to_sigma
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    return make_model()
+
+
+@pytest.fixture
+def inputs(randn):
+    return randn(2, 4, 4, 4, 4), torch.rand(2, 4, dtype=torch.float64) * 1000, randn(2, 4, 8), randn(2, 4, 8)
+
+
+@pytest.mark.parametrize(("schedule", "shift"), [("continuous", 5.0), ("table", 5.0), ("table", 8.0)])
+def test_x0_is_read_with_the_sigma_of_its_schedule(model, inputs, schedule, shift):
+    noisy, timestep, prompt, _ = inputs
+    x0 = predict_x0(model, noisy, timestep, prompt, schedule=schedule, shift=shift)
+    flow = predict_flow(model, noisy, timestep, prompt)
+    torch.testing.assert_close(x0, flow_to_x0(noisy, flow, timestep_to_sigma(timestep, schedule, shift)))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_cfg_guides_x0(model, inputs, batched):
+    noisy, timestep, prompt, negative = inputs
+    cond, uncond = predict_x0(model, noisy, timestep, prompt), predict_x0(model, noisy, timestep, negative)
+    found = predict_x0_cfg(model, noisy, timestep, prompt, negative, scale=4.0, batched=batched)
+    torch.testing.assert_close(found, uncond + 4.0 * (cond - uncond), rtol=1e-10, atol=1e-10)
+    assert torch.equal(predict_x0_cfg(model, noisy, timestep, prompt, negative, scale=1.0, batched=batched), cond)
+
+
+def test_block_causal_flow_of_early_frames_knows_no_later_ones(model, inputs, randn):
+    noisy, timestep, prompt, _ = inputs
+    other = torch.cat([noisy[:, :2], randn(2, 2, 4, 4, 4)], 1)
+    causal = [predict_flow(model, x, timestep, prompt, frames_per_block=2) for x in (noisy, other)]
+    assert torch.equal(causal[0][:, :2], causal[1][:, :2])
+    assert not torch.equal(causal[0][:, 2:], causal[1][:, 2:])
+    both = [predict_flow(model, x, timestep, prompt) for x in (noisy, other)]
+    assert not torch.allclose(both[0][:, :2], both[1][:, :2])
+
+
+def test_teacher_forced_flow_reads_clean_frames_of_earlier_blocks_alone(model, inputs, randn):
+    noisy, timestep, prompt, _ = inputs
+    clean = randn(2, 4, 4, 4, 4)
+
+    def flow(latents, x=noisy):
+        return predict_flow_teacher_forced(model, x, timestep, latents, prompt, frames_per_block=2)
+
+    base = flow(clean)
+    changed = torch.cat([clean[:, :2], randn(2, 2, 4, 4, 4)], 1)
+    assert torch.equal(flow(changed), base)
+    changed = torch.cat([randn(2, 2, 4, 4, 4), clean[:, 2:]], 1)
+    assert torch.equal(flow(changed)[:, :2], base[:, :2])
+    assert not torch.allclose(flow(changed)[:, 2:], base[:, 2:])
+    renoised = torch.cat([randn(2, 2, 4, 4, 4), noisy[:, 2:]], 1)
+    torch.testing.assert_close(flow(clean, renoised)[:, 2:], base[:, 2:], rtol=1e-12, atol=1e-12)
+
+
+def test_teacher_forcing_tells_the_network_the_clean_timestep(model, inputs, randn):
+    noisy, timestep, prompt, _ = inputs
+    clean = randn(2, 4, 4, 4, 4)
+    plain = predict_flow_teacher_forced(model, noisy, timestep, clean, prompt, frames_per_block=2)
+    zero = predict_flow_teacher_forced(model, noisy, timestep, clean, prompt, torch.zeros(2, 4), frames_per_block=2)
+    some = predict_flow_teacher_forced(model, noisy, timestep, clean, prompt, torch.full((2, 4), 50.0), frames_per_block=2)
+    assert torch.equal(plain, zero)
+    assert not torch.allclose(plain, some)
+    with pytest.raises(ShapeError, match="must have the same shape"):
+        predict_flow_teacher_forced(model, noisy, timestep, clean[:, :2], prompt, frames_per_block=2)
