@@ -36,7 +36,9 @@ def make_model() -> Callable[..., Any]:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 scale = 0.1 if "norm" in name or name.endswith("bias") else parameter.shape[-1] ** -0.5
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale + ("norm" in name))
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale + ("norm" in name)
+                )
         return model
 
     return make

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from sftk.core.options import option_problem
 from sftk.core.transform import FunctionTransform, Node
@@ -64,8 +64,8 @@ def check_nodes(
         if ports is not None:
             problems += [p.under(*place) for p in _check_ports(node, ports)]
         if _is_fold(node):
-            problems += [p.under(*place, "fold") for p in _check_fold(node.op, available, maybe, ports, frames)]  # pyright: ignore[reportArgumentType]
-        carried = {key for key, start in getattr(node.op, "carry", {}).items() if key == start}
+            problems += [p.under(*place, "fold") for p in _check_fold(node, available, maybe, ports, frames)]
+        carried = _carried(node)
         for result, key in node.results:
             if (key in available or key in maybe) and key not in rebind and key not in carried:
                 problems.append(
@@ -155,18 +155,27 @@ def _check_ports(node: Node, ports: Sequence[str]) -> list[Problem]:
     return problems
 
 
-def _check_fold(fold: Fold, available: set[str], maybe: set[str], ports: Sequence[str] | None, frames: int | None) -> list[Problem]:
-    problems = []
-    if fold.over not in available:
-        message = f"folds over {fold.over!r}, which nothing before it writes"
-        problems.append(Problem(path=("over",), message=message, hint=_near(fold.over, available), missing=True))
+def _carried(node: Node) -> set[str]:
+    """Keys that a fold both starts from and hands back, so that it may bind them again."""
+    starts = {key: node.in_.get(key, key) for key, start in getattr(node.op, "carry", {}).items() if key == start}
+    return {outer for key, outer in starts.items() if node.out.get(key, key) == outer}
+
+
+def _check_fold(node: Node, available: set[str], maybe: set[str], ports: Sequence[str] | None, frames: int | None) -> list[Problem]:
+    fold, problems = cast("Fold", node.op), []
+    over = node.in_.get(fold.over, fold.over)
+    if over not in available:
+        message = f"folds over {over!r}, which nothing before it writes"
+        problems.append(Problem(path=("over",), message=message, hint=_near(over, available), missing=True))
+    starts = {key: node.in_.get(start, start) for key, start in fold.carry.items()}
     problems += [
         Problem(path=("carry", key), message=f"carries {start!r}, which nothing before the fold writes", hint=_near(start, available), missing=True)
-        for key, start in fold.carry.items()
+        for key, start in starts.items()
         if start not in available
     ]
-    inside, written = available | {fold.item} | set(fold.carry), []
-    problems += check_nodes(fold.nodes, inside, maybe, set(fold.carry), ports, written, frames)
+    inside = _renamed(available, node.in_) | {fold.item} | set(fold.carry)
+    written: list[str] = []
+    problems += check_nodes(fold.nodes, inside, _renamed(maybe, node.in_), set(fold.carry), ports, written, frames)
     problems += [
         Problem(path=("carry", key), message=f"carries {key!r}, which its body never writes", hint=_near(key, written), missing=True)
         for key in fold.carry
@@ -178,6 +187,11 @@ def _check_fold(fold: Fold, available: set[str], maybe: set[str], ports: Sequenc
         if key not in written
     ]
     return problems
+
+
+def _renamed(keys: set[str], names: Mapping[str, str]) -> set[str]:
+    """Keys of a graph as the body of a fold sees them."""
+    return (keys - set(names)) | {name for name, key in names.items() if key in keys}
 
 
 def _is_fold(node: Node) -> bool:

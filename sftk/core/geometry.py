@@ -54,15 +54,15 @@ def split_blocks(frames: int, frames_per_block: int, independent_first_frame: bo
         >>> split_blocks(7, 3, independent_first_frame=True)
         (1, 3, 3)
     """
-    head = (1,) if independent_first_frame and frames else ()
+    if frames_per_block < 1:
+        raise ShapeError(f"a block has at least 1 frame, found {frames_per_block}")
+    head = (1,) if independent_first_frame else ()
     rest = frames - len(head)
-    if frames < 1 or frames_per_block < 1 or rest % frames_per_block:
+    if frames < 1 or rest % frames_per_block:
         first = " after a first frame of its own" if independent_first_frame else ""
-        near = len(head) + (rest // frames_per_block if frames_per_block > 0 else 0) * max(frames_per_block, 1)
-        raise ShapeError(
-            f"{frames} frames do not divide into blocks of {frames_per_block}{first}; "
-            f"take {max(near, len(head) + max(frames_per_block, 1))} or {near + max(frames_per_block, 1)} frames"
-        )
+        below = len(head) + rest // frames_per_block * frames_per_block
+        fits = " or ".join(str(n) for n in (below, below + frames_per_block) if n > 0)
+        raise ShapeError(f"{frames} frames do not divide into blocks of {frames_per_block}{first}; take {fits} frames")
     return (*head, *(frames_per_block,) * (rest // frames_per_block))
 
 

@@ -175,7 +175,7 @@ def plan_rollout(
         )
         offset += frames
     given_blocks = _given(given, frames_per_block, independent_first_frame)
-    same = len(set(exits)) == 1
+    same = same_step_across_blocks or last_step_only
     exit_from = raw[exits[0]] if same else None
     exit_to = (raw[exits[0] + 1] if exits[0] + 1 < len(raw) else 0.0) if same else None
     flags = [False] * given + [block.grad for block in blocks for _ in range(block.frames)]

@@ -336,7 +336,9 @@ def test_grad_frames(model, randn, grad_frames, blocks):
 
 def test_gradient_mask_counts_given_frames(randn):
     given = state(randn)
-    *_, mask = plan_rollout(given["key"], given["noise"], randn(2, 2, 4, 4, 4), steps=(1000,), frames_per_block=2, grad_frames=4)
+    *_, mask = plan_rollout(
+        given["key"], given["noise"], randn(2, 2, 4, 4, 4), steps=(1000,), frames_per_block=2, grad_frames=4
+    )
     assert mask.tolist() == [[False] * 4 + [True] * 4] * 2
 
 

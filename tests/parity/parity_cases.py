@@ -46,7 +46,7 @@ LATER = ("sid", "gan", "ode_regression", "lmdb")
 """Prefixes of what does not exist in this package yet: SiD, GAN and ODE-regression objectives, and the LMDB reader."""
 
 DEFAULTS = {"score_shift": 8.0, "min_step": 20, "max_step": 980}
-"""The reference's built-in values, for a case whose folder records them nowhere."""
+"""The reference's built-in values, for a case that does not record them in a folder that does not either."""
 
 
 def family_of(name: str) -> str | None:
@@ -170,12 +170,11 @@ class Case(Mapping[str, Tensor]):
         return default if self.meta.get(key) is None else self.meta[key]
 
     def setting(self, key: str) -> Any:
-        """A setting of the run: of this file, or the one on which the others of the folder agree."""
+        """A setting of the run: this file's, else that on which the rest of the folder agrees, else the built-in one."""
         if self.meta.get(key) is not None:
             return self.meta[key]
-        found = {meta[key] for meta in map(read_metadata, case_names()) if meta.get(key) is not None} or {DEFAULTS[key]}
-        assert len(found) == 1, f"{self.name} has no {key!r} and the other files disagree: {sorted(found)}"
-        return found.pop()
+        found = {meta[key] for meta in map(read_metadata, case_names()) if meta.get(key) is not None}
+        return found.pop() if len(found) == 1 else DEFAULTS[key]
 
     @property
     def frames_per_block(self) -> int:
