@@ -207,11 +207,10 @@ def test_keyed_follows_its_samples(name: str, data: st.DataObject):
     close(call(name, rows(arguments, order)), rows(call(name, arguments), order))
 
 
-@of_kind("reduced")
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.kind == "reduced" and "loss" in op.outputs])
 @pytest.mark.parametrize("cut", [1, 2])
 def test_reduced_sums_do_not_depend_on_the_split(name: str, cut: int):
-    if OPS[name].outputs != ("loss", "loss_weight"):
-        pytest.skip("a metric, not a loss: a mean over what it is given")
+    assert OPS[name].outputs == ("loss", "loss_weight")
     arguments = example(name, 4)
     whole = call(name, arguments)
     parts = [call(name, rows(arguments, index)) for index in (list(range(cut)), list(range(cut, 4)))]
@@ -261,7 +260,6 @@ def has_compiler() -> bool:
         return False
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["add_noise", "dmd_gradient", "surrogate_loss", "guide"])
 def test_inductor_equals_eager(name: str):
     if not has_compiler():
@@ -275,19 +273,17 @@ def test_is_documented(name: str):
     text = op.__doc__ or ""
     assert op.example is not None
     assert "Example" in text or ">>>" in text
-    assert re.match(r"\S.*[.:;)`]$|\S.*", op.doc)
     assert op.doc
 
 
 @every
 def test_its_names_are_documented(name: str):
-    """Each argument and option is named in the docstring, in one that it refers to, or in the list of state keys."""
+    """Each argument, option and result is named in the docstring, in one that it refers to, or in the list of state keys."""
     from sftk.core.state import KEYS
 
     op = OPS[name]
     text = op.__doc__ or ""
-    referred = [m for m in re.findall(r"see `(\w+)`|as `(\w+)`", text)]
-    names = {n for pair in referred for n in pair if n in OPS}
+    names = set(re.findall(r"(?:see|as) `(\w+)`", text)) & set(OPS)
     text += "".join(OPS[n].__doc__ or "" for n in names)
     missing = [n for n in (*op.arguments, *op.options) if n not in KEYS and not re.search(rf"\b{n}\b", text)]
     assert not missing

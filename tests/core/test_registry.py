@@ -21,7 +21,7 @@ def test_a_name_is_taken_once(temporary_transforms):
 
     assert lookup("mine_for_test") is mine_for_test
     register("mine_for_test", mine_for_test)
-    with pytest.raises(SpecError, match="the transform name 'mine_for_test' is taken by .*test_registry"):
+    with pytest.raises(SpecError, match=r"the transform name 'mine_for_test' is taken by .*test_registry"):
         register("mine_for_test", lookup("add_noise"))
 
 

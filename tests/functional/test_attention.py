@@ -138,11 +138,13 @@ def test_shape_errors(randn):
     for k, v in ((randn(1, 4, 2, 4), randn(1, 4, 2, 4)), (q, randn(1, 5, 2, 8)), (randn(2, 4, 2, 8), randn(2, 4, 2, 8))):
         with pytest.raises(ShapeError, match=r"attention takes \[B, L, H, D\]"):
             attention(q, k, v)
+    with pytest.raises(ShapeError, match=r"found q \[4, 2, 8\]"):
+        attention(q[0], q[0], q[0])
 
 
 def test_flash_says_what_it_needs(randn):
     q = randn(1, 4, 2, 8)
-    with pytest.raises(SpecError, match="needs bf16 or fp16 on CUDA without a mask, found torch.float64 on cpu; use 'sdpa'"):
+    with pytest.raises(SpecError, match=r"needs bf16 or fp16 on CUDA without a mask, found torch.float64 on cpu; use 'sdpa'"):
         attention(q, q, q, backend="flash")
     with pytest.raises(SpecError, match="takes no layout; use 'flex'"):
         attention_mask(LAYOUTS["window"], 2, CPU, "flash")

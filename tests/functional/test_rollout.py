@@ -121,9 +121,11 @@ def test_cached_flow_equals_teacher_forcing_in_one_pass(model, randn, lengths, f
 @pytest.mark.parametrize("lengths", [(2, 2, 2, 2), (1, 2, 2, 2)])
 @pytest.mark.parametrize(
     ("window", "sink", "rope"),
-    [(None, 0, "absolute"), (4, 0, "absolute"), (5, 0, "absolute"), (5, 1, "absolute"), (6, 2, "absolute")]
     # With a sink a relative cache closes the gap that evicted frames leave: see the test of relative positions.
-    + [(None, 0, "relative"), (4, 0, "relative"), (5, 0, "relative")],
+    [
+        *[(window, sink, "absolute") for window, sink in ((None, 0), (4, 0), (5, 0), (5, 1), (6, 2))],
+        *[(window, 0, "relative") for window in (None, 4, 5)],
+    ],
 )
 def test_cached_flow_equals_one_block_causal_pass(model, randn, lengths, window, sink, rope):
     """A cache counts the sink in its window; a layout shows the sink besides its window."""
@@ -420,6 +422,16 @@ def test_extending_a_video_goes_on_where_a_rollout_stopped(model, randn, window)
     rest = given | {"noise": given["noise"][:, 4:], "initial_latents": whole[:, :4].detach()}
     out = rollout(steps=(1000,), **window)(rest, {"denoiser": model})
     same(out["x0"], whole)
+
+
+def test_given_frames_go_through_the_window_too():
+    spy = Spy()
+    given = {"noise": torch.randn(1, 2, 4, 2, 2), "prompt_embeds": torch.zeros(1, 2, 8), "key": Key(seed=0)}
+    given["initial_latents"] = torch.randn(1, 8, 4, 2, 2)
+    rollout(steps=(1000,), window=5, sink=1)(given, {"denoiser": spy})
+    assert [c.seen for c in spy.calls] == [(), (0, 1), (0, 2, 3), (0, 4, 5), (0, 6, 7)]
+    assert [c.timestep for c in spy.calls] == [0.0] * 4 + [1000.0]
+    assert not any(c.grad for c in spy.calls[:4])
 
 
 def test_given_frames_must_be_whole_blocks(randn):

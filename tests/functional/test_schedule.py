@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -107,5 +109,5 @@ def test_inference_timesteps_descend_from_1000(count, shift):
     times = inference_timesteps(count, shift)
     assert len(times) == count
     assert times[0] == pytest.approx(1000)
-    assert all(a > b > 0 for a, b in zip(times, times[1:], strict=False))
+    assert all(a > b > 0 for a, b in itertools.pairwise(times))
     assert [unshift_sigma(t / 1000, shift) for t in times] == pytest.approx([1 - i / count for i in range(count)])

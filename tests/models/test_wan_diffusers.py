@@ -84,6 +84,5 @@ def test_same_gradients_as_diffusers(make_model, randn):
     (theirs(latents.transpose(1, 2), times, embeds, return_dict=False)[0].transpose(1, 2) * weight).sum().backward()
     own = {name: p.grad for name, p in ours.named_parameters()}
     for name, parameter in theirs.named_parameters():
-        torch.testing.assert_close(
-            own[original_name(name)], parameter.grad, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        found = own[original_name(name)]
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
