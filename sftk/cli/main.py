@@ -8,7 +8,11 @@ from typing import Any
 import click
 
 import sftk
+from sftk.cli.check import check
+from sftk.cli.export import export
 from sftk.cli.run import run
+from sftk.cli.sample import sample
+from sftk.cli.show import show
 from sftk.errors import SftkError, SpecError
 from sftk.runtime.stage import Interrupted
 
@@ -40,4 +44,5 @@ def main() -> None:
     """Distil a video diffusion teacher into a fast, causal, streaming student."""
 
 
-main.add_command(run)
+for command in (run, check, show, sample, export):
+    main.add_command(command)

@@ -42,6 +42,8 @@ class Key:
     ) -> Tensor:
         """[B, *shape] standard normal. Drawn in float32 on the device, then cast, so that every dtype gets the same noise."""
         out = torch.empty(len(self.samples), *shape, device=device)
+        if out.is_meta:
+            return out.to(dtype)
         for row, generator in zip(out, self._generators(name, device), strict=True):
             row.normal_(generator=generator)
         return out.to(dtype)

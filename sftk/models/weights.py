@@ -16,7 +16,7 @@ from sftk.errors import CheckpointError
 from sftk.models.config import WanConfig
 from sftk.models.wan import WanModel
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def save_weights(model: nn.Module, path: Path, *, dtype: torch.dtype | None = None, about: dict[str, Any] | None = None) -> None:

@@ -10,8 +10,8 @@ import attrs
 from sftk.errors import SpecError, did_you_mean
 from sftk.runtime.evaluate import DigitsEvaluation, DigitsEvaluator
 from sftk.spec.convert import structure
-from sftk.spec.recipe import Stage
 from sftk.spec.schema import Recipe
+from sftk.spec.source import Document
 
 
 @attrs.frozen(kw_only=True)
@@ -26,15 +26,18 @@ EVALUATORS: dict[str, Evaluator] = {"digits": Evaluator(options=DigitsEvaluation
 """Evaluators by name; a plugin may add its own."""
 
 
-def evaluation_options(stage: Stage) -> Any:
-    """The options of a stage's evaluation, checked.
+def evaluation_options(document: Document, recipe: Recipe) -> Any:
+    """The options of a recipe's evaluation, checked.
+
+    Args:
+        document: the recipe as read.
+        recipe: what it says; has an `eval` section.
 
     Raises:
         SpecError: the evaluator, an option or a role is unknown.
     """
-    section = stage.recipe.eval
+    section = recipe.eval
     assert section is not None
-    document = stage.document
     if section.use not in EVALUATORS:
         hint = did_you_mean(section.use, EVALUATORS)
         raise SpecError([document.problem(("eval", "use"), f"unknown evaluator {section.use!r}", hint)])
@@ -46,7 +49,7 @@ def evaluation_options(stage: Stage) -> Any:
         raise SpecError([problem.under(*place) for problem in error.problems]) from error
     problems = [
         document.problem((*place, field), f"{role!r} is not a model of this recipe", did_you_mean(role, models))
-        for models in [stage.recipe.models]
+        for models in [recipe.models]
         for field in ("student", "teacher")
         if (role := getattr(options, field, None)) is not None and role not in models
     ]

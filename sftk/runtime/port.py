@@ -26,7 +26,7 @@ class Port:
         self.module, self.dtype = module, dtype
 
     def __call__(self, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.dtype is None:
+        if self.dtype is None or latents.is_meta:
             return self.module(latents, *args, **kwargs)
         with torch.autocast(latents.device.type, self.dtype):
             flow, kv, features = self.module(latents, *args, **kwargs)

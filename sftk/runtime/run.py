@@ -54,7 +54,7 @@ def run_recipe(
     name = Path(str(recipe)).stem
     for stage in stages:
         if evaluation_enabled(stage.recipe):
-            evaluation_options(stage)
+            evaluation_options(stage.document, stage.recipe)
     run = open_run(name, run_dir, resume)
     write_text(run.recipe, _resolved(stages))
     console = console or Console()
@@ -119,7 +119,7 @@ class _Evaluation:
 
     def __init__(self, stage: Stage, training: StageRun, run: RunDir, progress: TrainingProgress):
         self.stage, self.training, self.run, self.progress = stage, training, run, progress
-        self.options = evaluation_options(stage)
+        self.options = evaluation_options(stage.document, stage.recipe)
         assert stage.recipe.eval is not None
         make = EVALUATORS[stage.recipe.eval.use].make
         self.evaluator = make(self.options, stage.recipe.latents.frames, training.built.device)

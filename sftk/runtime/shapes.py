@@ -1,0 +1,85 @@
+"""Runs a whole training step on meta tensors: shapes and keys are checked, no weight is loaded and nothing is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from sftk.core.geometry import LatentShape
+from sftk.data.sources import source
+from sftk.errors import Problem, SftkError, SpecError
+from sftk.functional.keys import Key
+from sftk.models.weights import DTYPES, WanModel
+from sftk.runtime.port import Port
+from sftk.spec.recipe import Stage
+
+
+@attrs.frozen(kw_only=True)
+class PhaseShapes:
+    """What a phase's graph returns: key to shape and dtype in words; `parameters` of each updated role."""
+
+    phase: str
+    outputs: dict[str, str]
+    parameters: dict[str, int]
+
+
+def check_shapes(stage: Stage) -> list[PhaseShapes]:
+    """Runs every phase of a stage forward and backward on meta tensors.
+
+    Args:
+        stage: from `load_recipe`.
+
+    Raises:
+        SpecError: a phase fails; the problem names it and what it ran into.
+    """
+    recipe, device = stage.recipe, torch.device("meta")
+    models = {}
+    for role, section in recipe.models.items():
+        config = section.config if section.ema_of is None else recipe.models[section.ema_of].config
+        with device:
+            models[role] = WanModel(config, section.backend).to(DTYPES[section.dtype])
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else None
+    batch = _meta_batch(stage)
+    outputs: dict[str, dict[str, Any]] = {}
+    found = []
+    for index, phase in enumerate(recipe.phases):
+        graph = stage.graphs[phase.name]
+        for role, module in models.items():
+            module.requires_grad_(role in phase.roles)
+        ports = {port: Port(models[phase.models.get(port, port)], dtype) for port in graph.ports}
+        values = {name: batch[name] for name in (*graph.inputs, *graph.optional) if name in batch}
+        for name, origin in phase.in_.items():
+            producer, dot, output = origin.partition(".")
+            values[name] = outputs[producer][output] if dot else batch[origin]
+        try:
+            out = graph.run(values, ports)
+            out[phase.loss].backward()
+        except (SftkError, RuntimeError, ValueError, TypeError) as error:
+            problem = Problem(path=("phases", index), message=f"the phase {phase.name!r} fails on meta tensors: {error}")
+            raise SpecError([stage.document.locate(problem)]) from error
+        outputs[phase.name] = {key: v.detach() if isinstance(v, Tensor) else v for key, v in out.items()}
+        shown = {key: f"{str(v.dtype).removeprefix('torch.')} {list(v.shape)}" for key, v in out.items() if isinstance(v, Tensor)}
+        sizes = {role: sum(p.numel() for p in models[role].parameters()) for role in phase.roles}
+        found.append(PhaseShapes(phase=phase.name, outputs=shown, parameters=sizes))
+    return found
+
+
+def _meta_batch(stage: Stage) -> dict[str, Any]:
+    recipe = stage.recipe
+    size = recipe.batch.per_rank or recipe.batch.global_
+    data = source(recipe.data.use)
+    samples = data.make(frames=recipe.latents.frames, seed=recipe.seed, **recipe.data.with_)
+    batch = data.collate([samples[i % len(samples)] for i in range(size)])
+    values = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in batch.items()}
+    shape = LatentShape(
+        frames=recipe.latents.frames,
+        channels=recipe.latents.channels,
+        height=recipe.latents.height,
+        width=recipe.latents.width,
+    )
+    values["noise"] = torch.empty(shape.tensor_shape(size), device="meta")
+    values["key"] = Key(seed=recipe.seed, samples=tuple(range(size)))
+    return values
