@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from rich.console import Console
 
-from sftk.runtime.evaluators import evaluation_options
+from sftk.runtime.evaluators import evaluation_problems
 from sftk.runtime.shapes import check_shapes
 from sftk.spec.recipe import load_recipe
 
@@ -20,9 +20,7 @@ def check(recipe: str, overrides: tuple[str, ...], shapes: bool) -> None:
     Every mistake is reported at once, with its path and line; the exit code is then 2.
     """
     console = Console(highlight=False)
-    for stage in load_recipe(recipe, overrides):
-        if stage.recipe.eval is not None:
-            evaluation_options(stage.document, stage.recipe)
+    for stage in load_recipe(recipe, overrides, check=evaluation_problems):
         phases = ", ".join(f"{p.name} ({len(stage.graphs[p.name].nodes)} nodes)" for p in stage.recipe.phases)
         console.print(f"{stage.name}: ok: {phases}", soft_wrap=True)
         for found in check_shapes(stage) if shapes else ():

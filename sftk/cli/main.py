@@ -16,7 +16,7 @@ from sftk.cli.show import show
 from sftk.errors import SftkError, SpecError
 from sftk.runtime.stage import Interrupted
 
-USAGE_ERROR = 2
+USAGE_ERROR, INTERRUPTED = 2, 130
 
 
 class Commands(click.Group):
@@ -35,7 +35,10 @@ class Commands(click.Group):
             sys.exit(1)
         except Interrupted as stop:
             click.echo(f"{stop}; go on with --resume", err=True)
-            sys.exit(130 if stop.signal == "SIGINT" else 143)
+            sys.exit(INTERRUPTED if stop.signal == "SIGINT" else 143)
+        except KeyboardInterrupt:
+            click.echo("stopped by SIGINT; a run goes on from its last checkpoint with --resume", err=True)
+            sys.exit(INTERRUPTED)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -6,10 +6,8 @@ import click
 
 from sftk.core.graph import Graph
 from sftk.errors import SpecError, did_you_mean
-from sftk.spec.files import find_file
 from sftk.spec.graphs import load_graph
-from sftk.spec.recipe import load_recipe
-from sftk.spec.source import read_yaml
+from sftk.spec.recipe import find_document, load_recipe
 
 
 @click.command()
@@ -34,7 +32,7 @@ def show(recipe: str, overrides: tuple[str, ...], phase: str | None, mermaid: bo
 
 
 def _graphs(recipe: str, overrides: tuple[str, ...]) -> dict[str, Graph]:
-    value = read_yaml(find_file(recipe)).value
+    value = find_document(recipe)[1].value
     if isinstance(value, dict) and "nodes" in value:
         return {recipe: load_graph(recipe)}
     stages = load_recipe(recipe, overrides)

@@ -132,7 +132,7 @@ def _check_reads(node: Node, available: set[str], maybe: set[str]) -> list[Probl
             why = "which is an optional input of this graph" if key in maybe else "which nothing before it writes"
             message = f"{node.op.name} reads {key!r}, {why}"
             hint = _near(key, available) or f"rename it with in: {{{argument}: ...}}"
-            problems.append(Problem(path=path, message=message, hint=hint))
+            problems.append(Problem(path=path, message=message, hint=hint, missing=key not in maybe))
     for argument, key in node.may_read:
         if argument in node.in_ and key not in available | maybe:
             message = f"{node.op.name} binds its optional input {argument!r} to {key!r}, which nothing before it writes"

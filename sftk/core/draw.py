@@ -14,8 +14,7 @@ def mermaid(graph: Any) -> str:
         lines.append(f"  in_{key}([{key}])")
         writers[key] = f"in_{key}"
     _mermaid_nodes(graph.nodes, "n", writers, lines, "  ")
-    for key in graph.outputs:
-        lines.append(f"  {writers[key]} --> out_{key}([{key}])")
+    lines += [f"  {writers[key]} --> out_{key}([{key}])" for key in graph.outputs]
     return "\n".join(lines)
 
 

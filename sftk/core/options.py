@@ -24,7 +24,7 @@ def option_problem(op: FunctionTransform, name: str, value: Any) -> str | None:
     return f"the option {name!r} of {op.name} takes {describe(annotation)}, found {describe_value(value)}"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _annotations(op: FunctionTransform) -> dict[str, Any]:
     return typing.get_type_hints(op.fn)
 
@@ -91,9 +91,9 @@ def describe(annotation: Any) -> str:
         plural = {int: "integers", float: "numbers", str: "strings", bool: "booleans"}
         if not arguments:
             return "a list"
-        if len(arguments) > 1 and arguments[-1] is not Ellipsis:
-            return f"a list of {len(arguments)} {plural.get(arguments[0], 'values')}"
-        return f"a list of {plural.get(arguments[0], 'values')}"
+        first, *others = arguments
+        members = plural.get(first, "values")
+        return f"a list of {len(arguments)} {members}" if others and others[-1] is not Ellipsis else f"a list of {members}"
     if isinstance(origin, type) and issubclass(origin, typing.Mapping):
         return "a mapping"
     return getattr(annotation, "__name__", str(annotation))

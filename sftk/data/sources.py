@@ -9,9 +9,11 @@ from typing import Any
 
 import attrs
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from sftk.core.options import describe, describe_value, matches
 from sftk.data.digits import DigitClips, collate, decode_latents, embed_prompts
+from sftk.data.random_clips import RandomClips
 from sftk.errors import SpecError, did_you_mean
 
 
@@ -23,26 +25,34 @@ class DataSource:
         make: `make(frames=..., seed=..., **options)` returns a map-style data set whose samples depend on their index alone.
         collate: samples to a batch, a mapping of tensors and lists.
         keys: tensors of a batch that graphs can read.
-        embed: prompts to embeddings [B, L, D]; the empty prompt is the unconditional one.
+        embed: prompts to embeddings [B, L, D]; the empty prompt is the unconditional one. None when it has no texts.
         decode: latents [B, F, C, H, W] to frames in [0, 1], [B, F, H, W] or [B, F, 3, H, W].
         fps: frames a second at which its videos are shown.
         sample_shape: channels, height and width of its latents, or None when they depend on the data.
+        needs_shape: `make` takes channels, height and width as well.
     """
 
     make: Callable[..., Any]
     collate: Callable[[Any], dict[str, Any]]
     keys: tuple[str, ...]
-    embed: Callable[..., Tensor]
-    decode: Callable[[Tensor], Tensor]
+    embed: Callable[..., Tensor] | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
     fps: int = 16
     sample_shape: tuple[int, int, int] | None = None
+    needs_shape: bool = False
+
+    def build(self, *, frames: int, channels: int, height: int, width: int, seed: int, options: Mapping[str, Any]) -> Any:
+        """The data set for latents of this size."""
+        shape = {"channels": channels, "height": height, "width": width} if self.needs_shape else {}
+        return self.make(frames=frames, seed=seed, **shape, **options)
 
     @property
     def options(self) -> dict[str, Any]:
         """Options that a recipe may set, with their annotations."""
         hints = typing.get_type_hints(self.make.__init__ if inspect.isclass(self.make) else self.make)
         names = inspect.signature(self.make).parameters
-        return {name: hints.get(name, Any) for name in names if name not in ("frames", "seed")}
+        given = ("frames", "seed", *(("channels", "height", "width") if self.needs_shape else ()))
+        return {name: hints.get(name, Any) for name in names if name not in given}
 
 
 SOURCES: dict[str, DataSource] = {
@@ -54,7 +64,10 @@ SOURCES: dict[str, DataSource] = {
         decode=decode_latents,
         fps=8,
         sample_shape=(4, 8, 8),
-    )
+    ),
+    "random": DataSource(
+        make=RandomClips, collate=default_collate, keys=("latents", "prompt_embeds", "negative_embeds"), needs_shape=True
+    ),
 }
 """Data sets by name; a plugin may add its own."""
 

@@ -177,7 +177,7 @@ def straight_through(context: Sequence[LayerKV], exit_kv: Sequence[LayerKV]) -> 
 
 
 def _flatten_cache(cache: KVCache):
-    return (tuple(chunk.layers for chunk in cache.chunks), cache.text), (tuple(c.positions for c in cache.chunks), cache.rope)
+    return [tuple(chunk.layers for chunk in cache.chunks), cache.text], (tuple(c.positions for c in cache.chunks), cache.rope)
 
 
 def _unflatten_cache(values, context) -> KVCache:

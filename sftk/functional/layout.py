@@ -22,7 +22,10 @@ class Layout:
             and their own noisy block.
         blocks: lengths of the blocks.
         window: with it, a block-causal frame sees only frames from (end of its block - window) on.
-        sink: first frames that stay visible outside the window.
+        sink: first frames that are always visible, counted in the window as a rollout counts them (`window_context`).
+
+    Raises:
+        ShapeError: the window does not hold the sink, or a teacher-forcing layout has a window (it sees all clean frames).
 
     Example:
         >>> Layout(kind="block_causal", blocks=(1, 2)).frame_mask().int()
@@ -35,6 +38,12 @@ class Layout:
     blocks: tuple[int, ...]
     window: int | None = None
     sink: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        if self.window is not None and self.kind == "teacher_forcing":
+            raise ShapeError(f"a teacher-forcing layout sees every clean frame before a block; found window {self.window}")
+        if self.window is not None and self.window < self.sink:
+            raise ShapeError(f"a window of {self.window} frames cannot hold {self.sink} sink frames; make it larger")
 
     @property
     def frames(self) -> int:
@@ -59,7 +68,7 @@ class Layout:
         if self.window is not None:
             ends = torch.tensor(self.blocks, device=device).cumsum(0)[block]
             frame = torch.arange(len(block), device=device)
-            mask &= (frame[None, :] >= ends[:, None] - self.window) | (frame[None, :] < self.sink)
+            mask &= (frame[None, :] >= ends[:, None] - (self.window - self.sink)) | (frame[None, :] < self.sink)
         return mask
 
 

@@ -88,12 +88,12 @@ def _example(batch: int, randn) -> dict:
 
 def _check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str, str]]:
     yield from block_problems(options, frames)
-    try:
-        step_list(options["steps"], options["shift"], options["warp"])
-    except ShapeError as error:
-        yield "steps", str(error)
     if options["shift"] <= 0:
         yield "shift", f"a shift is above 0, found {options['shift']}"
+    try:
+        step_list(options["steps"], options["shift"] if options["shift"] > 0 else 1.0, options["warp"])
+    except ShapeError as error:
+        yield "steps", str(error)
 
 
 @transform(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -118,7 +119,7 @@ def check_steps(steps: Sequence[float]) -> None:
     outside = [t for t in steps if not 0 <= t <= TIMESTEPS]
     if outside:
         raise ShapeError(f"the steps {outside} lie outside [0, {TIMESTEPS}]")
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in pairwise(steps):
         if after >= before:
             raise ShapeError(f"steps must descend, found {after} after {before} in {list(steps)}")
 

@@ -39,7 +39,8 @@ class WanModel(nn.Module):
 
     def __init__(self, config: WanConfig, backend: Backend = "auto"):
         super().__init__()
-        self.config, self.backend = config, backend
+        self.config = config
+        self.backend: Backend = backend
         self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), nn.Linear(config.dim, config.dim)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Ema:
@@ -33,8 +33,9 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Moves the average towards the weights, or onto them before `start`."""
-        average, weights = list(self.module.parameters()), list(self.source.parameters())
+        average: list[Tensor] = list(self.module.parameters())
+        weights: list[Tensor] = list(self.source.parameters())
         if step < self.start:
-            torch._foreach_copy_(average, weights)
+            torch._foreach_copy_(average, weights)  # pyright: ignore[reportPrivateImportUsage]
         else:
-            torch._foreach_lerp_(average, weights, 1 - self.decay)
+            torch._foreach_lerp_(average, weights, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,18 @@ from sftk.data.digits_classifier import load_classifier
 from sftk.data.digits_metrics import evaluate_clips, evaluate_real
 from sftk.data.sources import source
 from sftk.runtime.media import can_write_mp4, contact_sheet, video_grid, write_gif, write_mp4
-from sftk.runtime.sampling import StudentSampling, TeacherSampling, sample_latents, student_graph, teacher_graph
+from sftk.runtime.sampling import (
+    StudentSampling,
+    TeacherSampling,
+    sample_latents,
+    sampling_problems,
+    student_graph,
+    teacher_graph,
+)
+from sftk.spec.schema import at_least
 
 FIGURES = "assets/digits/figures.json"
-"""Figures of real clips and of the shipped teacher, with the weights' hash, so that a run need not sample it anew."""
+"""The shipped teacher's row, with the weights' hash, so that a run need not sample it anew."""
 
 
 @attrs.frozen(kw_only=True)
@@ -38,13 +47,25 @@ class DigitsEvaluation:
 
     student: str | None = None
     teacher: str | None = None
-    clips: int = 400
-    late_frames: int | None = 63
-    batch: int = 50
+    clips: int = attrs.field(default=400, validator=at_least(1))
+    late_frames: int | None = attrs.field(default=63, validator=at_least(1))
+    batch: int = attrs.field(default=50, validator=at_least(1))
     seed: int = 20_240_607
-    sample_prompts: int = 6
+    sample_prompts: int = attrs.field(default=6, validator=at_least(0))
     student_sampling: StudentSampling = attrs.field(factory=StudentSampling)
     teacher_sampling: TeacherSampling = attrs.field(factory=TeacherSampling)
+
+    def problems(self, frames: int) -> Iterator[tuple[tuple[str, ...], str, str | None]]:
+        """What is wrong with how student and teacher sample clips of `frames` frames: (path, message, hint)."""
+        if self.student is not None:
+            for problem in sampling_problems("specs/rollout.yaml", self.student_sampling, frames):
+                yield ("student_sampling", *problem.path), problem.message, problem.hint
+            for problem in sampling_problems("specs/rollout.yaml", self.student_sampling, self.late_frames or frames):
+                if problem.path == ("frames_per_block",):
+                    yield ("late_frames",), problem.message, problem.hint
+        if self.teacher is not None:
+            for problem in sampling_problems("specs/sample_ode.yaml", self.teacher_sampling, frames):
+                yield ("teacher_sampling", *problem.path), problem.message, problem.hint
 
 
 Row = dict[str, Any]
@@ -154,14 +175,32 @@ class DigitsEvaluator:
         return videos
 
 
-def shipped_figures(weights: Path | None, options: DigitsEvaluation) -> dict[str, Row] | None:
-    """Figures that ship for these teacher weights and sampling options, or None when they are of others."""
+def shipped_teacher(weights: Path | None, options: DigitsEvaluation) -> Row | None:
+    """The row that ships for these teacher weights and sampling options, or None when they are of others.
+
+    Sampling the teacher with many steps takes minutes on a CPU, and its weights are fixed.
+    """
     path = Path(__file__).parent.parent / FIGURES
     if weights is None or not path.is_file():
         return None
     figures = json.loads(path.read_text())
     same = figures["weights_sha256"] == file_hash(weights) and figures["teacher_sampling"] == attrs.asdict(options.teacher_sampling)
-    return figures["rows"] if same else None
+    return figures["teacher"] if same else None
+
+
+def ship_teacher(weights: Path, summary: dict[str, Any], command: str) -> None:
+    """Writes the figures of a run's teacher beside its weights, for `shipped_teacher`."""
+    evaluation = summary["evaluation"]
+    figures = {
+        "weights_sha256": file_hash(weights),
+        "command": command,
+        "device": summary["device"],
+        "torch": summary["torch"],
+        "clips": evaluation["clips"],
+        "teacher_sampling": evaluation["teacher_sampling"],
+        "teacher": summary["teacher"],
+    }
+    (Path(__file__).parent.parent / FIGURES).write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def file_hash(path: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from sftk.errors import SpecError, did_you_mean
+from sftk.errors import Problem, SpecError, did_you_mean
 from sftk.runtime.evaluate import DigitsEvaluation, DigitsEvaluator
 from sftk.spec.convert import structure
 from sftk.spec.schema import Recipe
@@ -56,6 +56,19 @@ def evaluation_options(document: Document, recipe: Recipe) -> Any:
     if problems:
         raise SpecError(problems)
     return options
+
+
+def evaluation_problems(document: Document, recipe: Recipe) -> list[Problem]:
+    """What is wrong with a recipe's `eval` section; nothing when it has none."""
+    if recipe.eval is None:
+        return []
+    try:
+        options = evaluation_options(document, recipe)
+    except SpecError as error:
+        return list(error.problems)
+    check = getattr(options, "problems", None)
+    found = check(recipe.latents.frames) if check is not None else ()
+    return [document.problem(("eval", "with", *path), message, hint) for path, message, hint in found]
 
 
 def evaluation_enabled(recipe: Recipe) -> bool:

@@ -21,6 +21,7 @@ from sftk.runtime.sampling import StudentSampling, sample_latents, student_graph
 from sftk.spec.convert import structure
 from sftk.spec.graphs import spec_params
 from sftk.spec.files import find_file
+from sftk.spec.recipe import load_plugins
 from sftk.spec.schema import Recipe
 from sftk.spec.source import Document, read_yaml
 
@@ -80,6 +81,7 @@ def load_student(path: Path, *, role: str | None = None, device: torch.device | 
     if recipe_file is None:
         raise CheckpointError(f"{path} does not lie in a run's folder (no recipe.yaml above it)")
     stage, document, recipe = _last_stage(recipe_file)
+    load_plugins(recipe, document, recipe_file)
     sampling, evaluated = _sampling(document, recipe)
     weights = path if path.is_file() else _weights(path, recipe_file.parent, stage, role or evaluated, recipe)
     model = WanModel(read_config(weights)).requires_grad_(False).to(device)
@@ -117,7 +119,7 @@ def _sampling(document: Document, recipe: Recipe) -> tuple[StudentSampling, str 
     for phase in recipe.phases:
         declared = spec_params(find_file(phase.graph))
         bound |= {name: phase.with_.get(name, declared[name]) for name in declared if name in known}
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in bound.items() if not _is_reference(v)}
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in bound.items() if not _is_reference(v)}
     return StudentSampling(**values), None
 
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import attrs
 import torch
 from torch.utils.data import Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -66,7 +67,7 @@ def make_loader(recipe: Recipe) -> StatefulDataLoader:
         DataError: the data set is empty or broken.
     """
     found = source(recipe.data.use)
-    data = found.make(frames=recipe.latents.frames, seed=recipe.seed, **recipe.data.with_)
+    data = found.build(**attrs.asdict(recipe.latents), seed=recipe.seed, options=recipe.data.with_)
     batch = recipe.batch.per_rank or recipe.batch.global_
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")

@@ -13,8 +13,8 @@ from rich.console import Console
 import sftk
 from sftk.runtime.build import evaluation_port, weights_file
 from sftk.runtime.device import device_name
-from sftk.runtime.evaluate import shipped_figures
-from sftk.runtime.evaluators import EVALUATORS, evaluation_enabled, evaluation_options
+from sftk.runtime.evaluate import shipped_teacher
+from sftk.runtime.evaluators import EVALUATORS, evaluation_enabled, evaluation_options, evaluation_problems
 from sftk.runtime.progress import TrainingProgress
 from sftk.runtime.report import write_report
 from sftk.runtime.rundir import RunDir, open_run, write_text
@@ -50,11 +50,8 @@ def run_recipe(
         NonFiniteError: a loss became NaN or infinite.
         Interrupted: a signal stopped the run after a checkpoint.
     """
-    stages = load_recipe(recipe, overrides)
+    stages = load_recipe(recipe, overrides, check=evaluation_problems)
     name = Path(str(recipe)).stem
-    for stage in stages:
-        if evaluation_enabled(stage.recipe):
-            evaluation_options(stage.document, stage.recipe)
     run = open_run(name, run_dir, resume)
     write_text(run.recipe, _resolved(stages))
     console = console or Console()
@@ -95,7 +92,8 @@ def _run_stage(
     if evaluation is not None:
         evaluation.before()
     done = training.resume() if resume else 0
-    JsonlTracker.truncate(run.metrics, stage.name, done)
+    if not training.done:
+        JsonlTracker.truncate(run.metrics, stage.name, done)
     progress.stage(stage.name, stage.recipe.train.steps, done)
     tracker = _tracker(stage, run, done)
     began = time.monotonic()
@@ -147,13 +145,13 @@ class _Evaluation:
         if options.teacher is not None:
             teacher = self.stage.recipe.models[options.teacher]
             fixed = options.teacher not in {role for phase in self.stage.recipe.phases for role in phase.roles}
-            shipped = shipped_figures(weights_file(teacher, self.stage, self.training.earlier), options) if fixed else None
-        rows["real"] = shipped["real"] if shipped else self.evaluator.real_row()
+            shipped = shipped_teacher(weights_file(teacher, self.stage, self.training.earlier), options) if fixed else None
+        rows["real"] = self.evaluator.real_row()
         samples: dict[str, tuple[str, Any]] = {}
         precision = self.stage.recipe.precision
         if options.teacher is not None:
             port = evaluation_port(built, options.teacher, precision)
-            rows["teacher"] = shipped["teacher"] if shipped else self.evaluator.teacher_row(port)
+            rows["teacher"] = shipped or self.evaluator.teacher_row(port)
             samples["teacher"] = ("teacher", port)
         if options.student is not None:
             port = evaluation_port(built, options.student, precision)
@@ -186,4 +184,4 @@ def _resolved(stages: Sequence[Stage]) -> str:
     """The resolved recipe: that of the only stage, or of all of them under `stages`."""
     if len(stages) == 1:
         return stages[0].text
-    return dump_yaml({"stages": {stage.name: stage.document.value for stage in stages}})
+    return dump_yaml({"stages": {stage.name: stage.resolved for stage in stages}})

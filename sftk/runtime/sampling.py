@@ -11,7 +11,9 @@ from torch import Tensor
 
 from sftk.core.graph import Graph
 from sftk.data.sources import DataSource
+from sftk.errors import Problem, SpecError
 from sftk.functional.keys import Key
+from sftk.spec.graphs import load_graph
 
 
 @attrs.frozen(kw_only=True)
@@ -41,6 +43,20 @@ class TeacherSampling:
     steps: int = 50
     shift: float = 5.0
     guidance: float = 4.0
+
+
+def sampling_problems(spec: str, sampling: StudentSampling | TeacherSampling, frames: int) -> tuple[Problem, ...]:
+    """What is wrong with sampling `frames` frames; a problem's path is the option's name.
+
+    Example:
+        >>> [p.path for p in sampling_problems("specs/rollout.yaml", StudentSampling(steps=(250, 500)), 21)]
+        [('steps',)]
+    """
+    try:
+        load_graph(spec, attrs.asdict(sampling), frames=frames)
+    except SpecError as error:
+        return error.problems
+    return ()
 
 
 def student_graph(sampling: StudentSampling) -> Graph:

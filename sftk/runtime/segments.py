@@ -37,7 +37,13 @@ class Segment(Transform):
         self.optional = tuple(key for key in optional if key not in required)
         self.outputs, self.ports = tuple(written), ()
         inner = Graph(nodes, inputs=self.inputs, optional=self.optional, outputs=self.outputs, name=self.name)
-        self._compiled = torch.compile(lambda values: inner.run(values, {}), backend=backend)
+
+        def run(values: dict[str, Any]) -> dict[str, Any]:
+            return inner.run(values, {})
+
+        # Dynamo keeps graphs by code object: with one of its own, segments do not share a recompile limit.
+        run.__code__ = run.__code__.replace(co_name=f"segment_{nodes[0].op.name}")
+        self._compiled = torch.compile(run, backend=backend)
 
     def run(self, values: Mapping[str, Any], models: Mapping[str, Any]) -> dict[str, Any]:
         return self._compiled(dict(values))

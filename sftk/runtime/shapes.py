@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sftk.core.geometry import LatentShape
 from sftk.data.sources import source
-from sftk.errors import Problem, SftkError, SpecError
+from sftk.errors import Problem, SpecError
 from sftk.functional.keys import Key
 from sftk.models.weights import DTYPES, WanModel
 from sftk.runtime.port import Port
@@ -57,7 +57,7 @@ def check_shapes(stage: Stage) -> list[PhaseShapes]:
         try:
             out = graph.run(values, ports)
             out[phase.loss].backward()
-        except (SftkError, RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:
             problem = Problem(path=("phases", index), message=f"the phase {phase.name!r} fails on meta tensors: {error}")
             raise SpecError([stage.document.locate(problem)]) from error
         outputs[phase.name] = {key: v.detach() if isinstance(v, Tensor) else v for key, v in out.items()}
@@ -71,7 +71,7 @@ def _meta_batch(stage: Stage) -> dict[str, Any]:
     recipe = stage.recipe
     size = recipe.batch.per_rank or recipe.batch.global_
     data = source(recipe.data.use)
-    samples = data.make(frames=recipe.latents.frames, seed=recipe.seed, **recipe.data.with_)
+    samples = data.build(**attrs.asdict(recipe.latents), seed=recipe.seed, options=recipe.data.with_)
     batch = data.collate([samples[i % len(samples)] for i in range(size)])
     values = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in batch.items()}
     shape = LatentShape(

@@ -88,7 +88,7 @@ class StageRun:
                 if due or caught:
                     self._report(meter.flush(), run_step, tracker, progress)
                     saved = self.save()
-                    if caught and not self.done:
+                    if caught:
                         raise Interrupted(caught[0], self.step, saved)
         if recipe.train.steps == 0 and last_checkpoint(self.folder) is None:
             self.save()
@@ -124,7 +124,8 @@ class StageRun:
         section = next(p for p in self.stage.recipe.phases if p.name == phase)
         graph = self.stage.graphs[phase]
         models = {port: self.built.ports[section.models.get(port, port)] for port in graph.ports}
-        culprit = find_nonfinite(graph, run_step.last_inputs[phase], models)
+        found = (find_nonfinite(graph, values, models) for values in run_step.recent[step, phase])
+        culprit = next(filter(None, found), None)
         saved = last_checkpoint(self.folder)
         good = f"the last good checkpoint is {saved}" if saved else "no checkpoint was saved before"
         where = f"first seen in {culprit}" if culprit else "every key is finite when the step is run again: only its gradient overflowed"

@@ -37,11 +37,13 @@ class TrainingStep:
             height=recipe.latents.height,
             width=recipe.latents.width,
         )
-        self.last_inputs: dict[str, dict[str, Any]] = {}
+        self.recent: dict[tuple[int, str], list[dict[str, Any]]] = {}
+        """(step, phase) to the inputs of its micro-batches, for this step and the one before, whose metrics are read late."""
 
     def __call__(self, step: int) -> Metrics:
         """Runs step number `step`, counted from 0, and returns its metrics as tensors that nothing waited for."""
         metrics: Metrics = {}
+        self.recent = {place: found for place, found in self.recent.items() if place[0] == step - 1}
         outputs: dict[str, list[dict[str, Any]]] = {}
         inputs: dict[str, list[dict[str, Any]]] = {}
         for phase in self.recipe.phases:
@@ -63,7 +65,7 @@ class TrainingStep:
         outputs[phase.name], inputs[phase.name] = [], []
         for micro in range(recipe.batch.accumulation):
             values = self._inputs(phase, graph, step, micro, outputs, inputs)
-            self.last_inputs[phase.name] = values
+            self.recent.setdefault((step, phase.name), []).append(values)
             out = from_state(graph(to_state(values, like=TensorDict()), models))
             loss, weight = out[phase.loss], out[f"{phase.loss}_weight"]
             loss.backward()
@@ -105,10 +107,11 @@ class TrainingStep:
             }
         samples = tuple(range(micro * batch, (micro + 1) * batch))
         key = Key(seed=self.recipe.seed, phase=phase.name, update=step, samples=samples)
-        if not producers and "noise" in graph.inputs:
-            values["noise"] = key.normal("noise", self.shape.tensor_shape(1)[1:], device=self.built.device)
-        inputs[phase.name].append(values)
         wanted = (*graph.inputs, *graph.optional)
+        if "noise" not in values and "noise" in [phase.in_.get(name, name) for name in wanted]:
+            values["noise"] = key.normal("noise", self.shape.tensor_shape(1)[1:], device=self.built.device)
+        values["key"] = key
+        inputs[phase.name].append(values)
         found = {name: values[name] for name in wanted if name in values}
         for name, source in phase.in_.items():
             producer, dot, output = source.partition(".")

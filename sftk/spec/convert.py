@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from collections import abc
 from collections.abc import Callable, Mapping
@@ -34,9 +35,15 @@ class _Finding:
 
     problem: Problem
     place: KeyPath = ()
+    without: KeyPath | Literal["nothing"] | None = None
+    """The key without which the rest can be read; None while it is not known, "nothing" when there is none."""
 
     def under(self, *prefix: str | int) -> _Finding:
-        return _Finding(self.problem.under(*prefix), (*prefix, *self.place))
+        without = self.without if self.without in (None, "nothing") else (*prefix, *self.without)
+        return _Finding(self.problem.under(*prefix), (*prefix, *self.place), without)
+
+    def stays(self) -> _Finding:
+        return self if self.without is not None else attrs.evolve(self, without="nothing")
 
 
 class _InvalidValue(ValueError):
@@ -86,6 +93,45 @@ def structure(document: Document, cls: type[T], converter: Converter | None = No
         known = finding.problem.file is not None
         problems.append(finding.problem if known else attrs.evolve(finding.problem, file=file, line=line))
     raise SpecError(sorted(problems, key=lambda problem: (problem.file or "", problem.line or 0)))
+
+
+def structure_what_fits(document: Document, cls: type[T]) -> tuple[T | None, list[Problem]]:
+    """As `structure`, but goes on without the keys that are wrong, so that a later check can see the rest.
+
+    Returns:
+        The instance, or None where a wrong or missing key has no default; and every problem.
+
+    Example:
+        >>> from sftk.spec.source import parse_yaml
+        >>> @attrs.frozen(kw_only=True)
+        ... class Train:
+        ...     steps: int
+        ...     seed: int = 0
+        >>> found, problems = structure_what_fits(parse_yaml("steps: 3\\nsede: 1", "dmd.yaml"), Train)
+        >>> found, len(problems)
+        (Train(steps=3, seed=0), 1)
+    """
+    try:
+        return structure(document, cls), []
+    except SpecError as error:
+        problems = list(error.problems)
+    value = copy.deepcopy(document.value)
+    try:
+        make_converter().structure(value, cls)
+    except _CAUSED_BY_USER as error:
+        wrong = {finding.without for finding in _findings(error)}
+        if wrong & {None, "nothing"}:
+            return None, problems
+        for place in wrong:
+            assert isinstance(place, tuple)
+            parent = value
+            for step in place[:-1]:
+                parent = parent[step]
+            del parent[place[-1]]
+    try:
+        return make_converter().structure(value, cls), problems
+    except _CAUSED_BY_USER:
+        return None, problems
 
 
 def unstructure(value: Any) -> Any:
@@ -186,7 +232,7 @@ def _mapping(converter: Converter, value: Any, kind: Any) -> Any:
         for key, item in value.items()
     }
     if findings:
-        raise _InvalidValue(findings)
+        raise _InvalidValue([finding.stays() for finding in findings])
     return done
 
 
@@ -227,7 +273,7 @@ def _instance(converter: Converter, value: Any, cls: Any) -> Any:
     attrs.resolve_types(cls)
     fields = {_key(field): field for field in attrs.fields(cls) if field.init}
     findings = [
-        _Finding(Problem(message=f"unknown key {key!r}", hint=did_you_mean(str(key), fields)), (key,))
+        _Finding(Problem(message=f"unknown key {key!r}", hint=did_you_mean(str(key), fields)), (key,), (key,))
         for key in value
         if key not in fields
     ]
@@ -239,13 +285,23 @@ def _instance(converter: Converter, value: Any, cls: Any) -> Any:
             if len(findings) == before:
                 done[key] = part
         elif field.default is attrs.NOTHING:
-            findings.append(_Finding(Problem(message=f"missing key {key!r}")))
+            findings.append(_Finding(Problem(message=f"missing key {key!r}"), without="nothing"))
     if not findings:
         try:
             return cls(**{fields[key].alias: part for key, part in done.items()})
         except _CAUSED_BY_USER as error:
-            raise _InvalidValue(_refusals(cls, fields, done) or _findings(error)) from error
-    raise _InvalidValue(findings + _refusals(cls, fields, done))
+            findings = _refusals(cls, fields, done) or [finding.stays() for finding in _findings(error)]
+            raise _InvalidValue([_droppable(finding, fields) for finding in findings]) from error
+    raise _InvalidValue([_droppable(finding, fields) for finding in findings + _refusals(cls, fields, done)])
+
+
+def _droppable(finding: _Finding, fields: Mapping[str, Any]) -> _Finding:
+    """The finding with the field that it is about as what can be left out, if that has a default."""
+    if finding.without is not None or not finding.place:
+        return finding
+    key = finding.place[0]
+    default = key in fields and fields[key].default is not attrs.NOTHING
+    return attrs.evolve(finding, without=(key,) if default else None)
 
 
 def _refusals(cls: Any, fields: Mapping[str, Any], done: Mapping[str, Any]) -> list[_Finding]:

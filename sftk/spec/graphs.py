@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from sftk.errors import Problem, SpecError, did_you_mean
 from sftk.spec.convert import structure
 from sftk.spec.files import find_file, show_path
 from sftk.spec.source import Document, KeyPath, read_yaml
+
+
+_FROM_PYTHON = "parameters"
 
 
 @attrs.frozen(kw_only=True)
@@ -89,12 +92,21 @@ def load_graph(path: Any, params: Mapping[str, Any] | None = None, *, frames: in
         >>> load_graph("specs/sample_ode.yaml", {"steps": 4}).inputs
         ('noise', 'prompt_embeds', 'negative_embeds')
     """
-    given = Document(value=dict(params or {}), file="parameters")
+    given = Document(value=dict(params or {}), file=_FROM_PYTHON)
     bound = {name: Origin(value=value, document=given, path=(name,)) for name, value in given.value.items()}
     graph, problems = build_graph(find_file(str(path)), bound, frames=frames)
     if graph is None or problems:
-        raise SpecError(problems)
+        raise SpecError(once(problems))
     return graph
+
+
+def once(problems: Iterable[Problem]) -> list[Problem]:
+    """The problems without repetitions: a file that two phases use, a value that several nodes read."""
+    found: dict[Any, Problem] = {}
+    for problem in problems:
+        value = problem.path[-2:-1] in (("with",), ("params",)) or problem.file == _FROM_PYTHON
+        found.setdefault((problem.file, problem.line, problem.path, None if value else problem.message), problem)
+    return list(found.values())
 
 
 def spec_params(path: Path) -> dict[str, Any]:
@@ -149,7 +161,7 @@ class _Builder:
     def build(self, bound: Mapping[str, Origin], defaults: Mapping[str, Any]) -> tuple[Graph | None, list[Problem]]:
         self._bind(bound, defaults)
         nodes = self._nodes(self.spec.nodes, ("nodes",))
-        for name in self.env.keys() - self.used:
+        for name in sorted(self.env.keys() - self.used):
             hint = f"use ${name} in a node's `with`, or remove it"
             self.problems.append(self.document.problem(("params", name), f"the parameter {name!r} is never used", hint))
         try:
@@ -175,6 +187,7 @@ class _Builder:
             if name not in declared:
                 hint = did_you_mean(name, declared) or ("it has none" if not declared else None)
                 self.problems.append(origin.blame(f"{show_path(self.path)} has no parameter {name!r}", hint))
+        self.used |= {default[1:] for default in declared.values() if isinstance(default, str) and default.startswith("$")}
         for name, default in declared.items():
             here = Origin(value=default, document=self.document, path=("params", name))
             if name in bound:

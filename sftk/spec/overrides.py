@@ -15,7 +15,7 @@ from sftk.spec.source import Document, KeyPath, parse_value
 _PART = re.compile(r"([^\[\]]*)((?:\[[^\[\]]+\])*)")
 
 
-def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
+def apply_overrides(document: Document, overrides: Sequence[str], *, prefix: str = "") -> Document:
     """Set values in a document, in order. The document itself is left as it is.
 
     Args:
@@ -23,6 +23,7 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
         overrides: texts `key.path=value`. A list's item is addressed by its index (`phases.0.every` or
             `phases[0].every`) or by its `name` (`phases.critic.every`); the value is a YAML 1.2 scalar or a flow
             collection. Missing mappings on the way are made.
+        prefix: what stood before each of them on the command line; only shown.
 
     Returns:
         A new document, in which an overridden value's place is the override.
@@ -45,7 +46,7 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
     problems: list[Problem] = []
     document = attrs.evolve(document, value=copy.deepcopy(document.value))
     for text in overrides:
-        file = f"override {text!r}"
+        file = f"override {prefix + text!r}"
         key, equals, value_text = text.partition("=")
         try:
             if not equals:
@@ -57,6 +58,18 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
     if problems:
         raise SpecError(problems)
     return document
+
+
+def set_value(document: Document, key: str, value: Any, file: str, line: int | None = None) -> Document:
+    """A new document with a plain value at `key.path`, which errors will place at `file` and `line`.
+
+    Raises:
+        SpecError: the path leads nowhere.
+    """
+    try:
+        return document.replace(_resolve_path(document.value, _split(key)), value, file, line)
+    except SpecError as error:
+        raise SpecError([attrs.evolve(problem, file=file, line=line) for problem in error.problems]) from error
 
 
 def _split(key: str) -> list[str | int]:

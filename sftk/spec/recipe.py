@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 
 from sftk.core.graph import Graph
-from sftk.data.sources import data_keys, data_problems
+from sftk.data.sources import SOURCES, data_keys, data_problems
 from sftk.errors import Problem, SpecError, did_you_mean
 from sftk.spec.compat import compat_defaults
-from sftk.spec.convert import structure
-from sftk.spec.files import find_file, show_path
-from sftk.spec.graphs import Origin, build_graph
-from sftk.spec.overrides import apply_overrides
-from sftk.spec.schema import PhaseSection, Recipe, StagedRecipe
-from sftk.spec.source import Document, dump_yaml, read_yaml
+from sftk.spec.convert import structure_what_fits
+from sftk.spec.files import find_file, search_roots, show_path
+from sftk.spec.graphs import Origin, build_graph, once
+from sftk.spec.overrides import apply_overrides, set_value
+from sftk.spec.schema import PhaseSection, Recipe, StagedRecipe, StageSection
+from sftk.spec.source import Document, KeyPath, dump_yaml, read_yaml
 
 RUNNER_KEYS = ("noise", "key")
 """Graph inputs that the runner gives besides those of the data."""
@@ -44,17 +46,43 @@ class Stage:
     path: Path
 
     @property
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as a plain value that can be read from anywhere: files outside the package by their whole path."""
+        value = copy.deepcopy(self.document.value)
+        for phase in value["phases"]:
+            phase["graph"] = self._whole(phase["graph"])
+        for model in value["models"].values():
+            if isinstance(model.get("weights"), str):
+                model["weights"] = self._whole(model["weights"])
+        if value.get("plugins"):
+            value["plugins"] = [self._whole(name) if name.endswith(".py") else name for name in value["plugins"]]
+        return value
+
+    def _whole(self, name: str) -> str:
+        try:
+            found = find_file(name, self.path).resolve()
+        except SpecError:
+            return name  # weights of an earlier stage
+        inside = any(found.is_relative_to(root.resolve()) for root in search_roots()[1:])
+        return name if inside else str(found)
+
+    @property
     def text(self) -> str:
         """The resolved recipe as YAML."""
-        return dump_yaml(self.document.value)
+        return dump_yaml(self.resolved)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Stage, ...]:
+Check = Callable[[Document, Recipe], list[Problem]]
+"""A further check of one stage, from a layer above this one."""
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check: Check | None = None) -> tuple[Stage, ...]:
     """Reads a recipe and checks everything that can be known before weights are loaded.
 
     Args:
         path: the file, looked up in the working directory and then in the package.
         overrides: `key.path=value`; `stage:` recipes take `<stage>.key.path=value`, and unprefixed ones go to the last stage.
+        check: a further check of each stage, whose problems are reported with the others.
 
     Returns:
         Its stages, in order; one for a plain recipe.
@@ -66,79 +94,139 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Stage,
         >>> [stage.name for stage in load_recipe("recipes/dmd.yaml", ["train.steps=10"])]
         ['dmd']
     """
-    found = find_file(str(path))
-    document = read_yaml(found, show_path(found))
+    found, document = find_document(path)
     if not (isinstance(document.value, dict) and "stages" in document.value):
-        stage, problems = _read_stage(found.stem, found, document, overrides, earlier={})
+        stage, problems = _read_stage(found.stem, found, document, overrides, {}, check)
         if stage is None or problems:
-            raise SpecError(problems)
+            raise SpecError(once(problems))
         return (stage,)
-    return _read_stages(found, document, overrides)
+    resolved = isinstance(document.value["stages"], dict)
+    parts, problems = _resolved_parts(found, document) if resolved else _parts(found, document)
+    stages = _read_stages(parts, overrides, check, problems)
+    if problems:
+        raise SpecError(once(problems))
+    return stages
 
 
-def _read_stages(path: Path, document: Document, overrides: Sequence[str]) -> tuple[Stage, ...]:
-    staged = structure(document, StagedRecipe)
+def find_document(path: str | Path) -> tuple[Path, Document]:
+    """A YAML file that a user names, looked up in the working directory and then in the package, and what it says.
+
+    Raises:
+        SpecError: there is none, or it is no YAML.
+    """
+    try:
+        found = find_file(str(path))
+    except SpecError as error:
+        raise SpecError([attrs.evolve(problem, file=str(path)) for problem in error.problems]) from error
+    return found, read_yaml(found, show_path(found))
+
+
+Part = tuple[str, Path, Document | None]
+"""A stage's name, its recipe file and what it says; None when that cannot be read."""
+
+
+def _resolved_parts(path: Path, document: Document) -> tuple[list[Part], list[Problem]]:
+    """The parts of the recipe that a run with stages writes: whole recipes by name."""
+    problems = [document.problem((key,), f"unknown key {key!r}", "only `stages` stands here") for key in document.value if key != "stages"]
+    return [(name, path, document.at(("stages", name))) for name in document.value["stages"]], problems
+
+
+def _parts(path: Path, document: Document) -> tuple[list[Part], list[Problem]]:
+    """The parts of a recipe with `stages`: other recipes, with their `with` applied."""
+    staged, problems = structure_what_fits(document, StagedRecipe)
+    if staged is None:
+        return [], problems
     names = [stage.name for stage in staged.stages]
-    problems: list[Problem] = []
     if not names:
         problems.append(document.problem(("stages",), "a recipe with `stages` has at least one"))
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            problems.append(document.problem(("stages", index, "name"), f"two stages are called {name!r}"))
+    parts: list[Part] = []
+    for index, section in enumerate(staged.stages):
+        if section.name in names[:index]:
+            problems.append(document.problem(("stages", index, "name"), f"two stages are called {section.name!r}"))
+        inner, wrong = _part(section, ("stages", index), path, document)
+        problems += wrong
+        parts.append((section.name, inner[0], inner[1]))
+    return parts, problems
+
+
+def _part(section: StageSection, place: KeyPath, path: Path, document: Document) -> tuple[tuple[Path, Document | None], list[Problem]]:
+    place_of_file = (*place, "recipe")
+    try:
+        found = find_file(section.recipe, path)
+        inner = read_yaml(found, show_path(found))
+    except SpecError as error:
+        return (path, None), [document.problem(place_of_file, p.message, p.hint) if p.file is None else p for p in error.problems]
+    if isinstance(inner.value, dict) and "stages" in inner.value:
+        message = f"{section.recipe} has stages of its own; a stage is a plain recipe"
+        return (found, None), [document.problem(place_of_file, message)]
+    problems: list[Problem] = []
+    for key, value in section.with_.items():
+        file, line = document.where((*place, "with", key))
+        try:
+            inner = set_value(inner, key, value, file, line)
+        except SpecError as error:
+            problems += error.problems
+    return (found, inner), problems
+
+
+def _read_stages(
+    parts: Sequence[Part], overrides: Sequence[str], check: Check | None, problems: list[Problem]
+) -> tuple[Stage, ...]:
+    names = [name for name, _, _ in parts]
     taken: dict[str, list[str]] = {name: [] for name in names}
+    last: list[str] = []
     for override in overrides:
         head, dot, rest = override.partition(".")
-        target = head if dot and head in taken else names[-1] if names else ""
-        taken.setdefault(target, []).append(rest if dot and head in taken else override)
-    stages: dict[str, Stage] = {}
-    for index, section in enumerate(staged.stages):
-        try:
-            found = find_file(section.recipe, path)
-            inner = read_yaml(found, show_path(found))
-        except SpecError as error:
-            place = ("stages", index, "recipe")
-            problems += [document.problem(place, p.message, p.hint) if p.file is None else p for p in error.problems]
+        prefixed = dot and head in taken
+        (taken[head] if prefixed else last).append(rest if prefixed else override)
+    stages: dict[str, Stage | None] = {}
+    for index, (name, path, document) in enumerate(parts):
+        if document is None:
+            stages[name] = None
             continue
-        if isinstance(inner.value, dict) and "stages" in inner.value:
-            message = f"{section.recipe} has stages of its own; a stage is a plain recipe"
-            problems.append(document.problem(("stages", index, "recipe"), message))
-            continue
-        for key, value in section.with_.items():
-            file, line = document.where(("stages", index, "with", key))
-            try:
-                inner = inner.replace(tuple(int(p) if p.isdigit() else p for p in key.split(".")), value, file, line)
-            except SpecError as error:
-                problems += error.problems
-        stage, wrong = _read_stage(section.name, found, inner, taken[section.name], earlier=stages)
+        document, wrong = _override(document, taken[name], f"{name}.")
         problems += wrong
-        if stage is not None:
-            stages[section.name] = stage
-    if problems:
-        raise SpecError(problems)
-    return tuple(stages.values())
+        stage, wrong = _read_stage(name, path, document, last if index == len(parts) - 1 else (), stages, check)
+        problems += wrong
+        stages[name] = stage
+    return tuple(stage for stage in stages.values() if stage is not None)
 
 
 def _read_stage(
-    name: str, path: Path, document: Document, overrides: Sequence[str], earlier: Mapping[str, Stage]
+    name: str, path: Path, document: Document, overrides: Sequence[str], earlier: Mapping[str, Stage | None], check: Check | None
 ) -> tuple[Stage | None, list[Problem]]:
-    """A stage and its problems. What the schema refuses hides the rest, so graphs are checked only when it accepts."""
-    try:
-        document = apply_overrides(document, overrides)
-        recipe = structure(document, Recipe)
-    except SpecError as error:
-        return None, list(error.problems)
-    problems = _load_plugins(recipe, document, path)
-    graphs: dict[str, Graph] = {}
+    """A stage and its problems. Where the schema refuses something without a default, that hides what is checked after it."""
+    document, problems = _override(document, overrides)
+    recipe, wrong = structure_what_fits(document, Recipe)
+    problems += wrong
+    if recipe is None:
+        return None, problems
+    problems += load_plugins(recipe, document, path)
+    built: list[Graph | None] = []
     for index, phase in enumerate(recipe.phases):
         graph, wrong = _phase_graph(recipe, phase, index, document, path)
         problems += wrong
-        if graph is not None:
-            graphs[phase.name] = graph
-    problems += _Checks(recipe, document, graphs, path, earlier).all()
+        built.append(graph)
+    graphs = {phase.name: graph for phase, graph in zip(recipe.phases, built, strict=True) if graph is not None}
+    problems += _Checks(recipe, document, built, path, earlier).all()
+    if check is not None:
+        problems += check(document, recipe)
     return Stage(name=name, recipe=recipe, graphs=graphs, document=document, path=path), problems
 
 
-def _load_plugins(recipe: Recipe, document: Document, path: Path) -> list[Problem]:
+def _override(document: Document, overrides: Sequence[str], prefix: str = "") -> tuple[Document, list[Problem]]:
+    """The document with the overrides that can be applied, and what is wrong with the others."""
+    problems: list[Problem] = []
+    for override in overrides:
+        try:
+            document = apply_overrides(document, [override], prefix=prefix)
+        except SpecError as error:
+            problems += error.problems
+    return document, problems
+
+
+def load_plugins(recipe: Recipe, document: Document, path: Path) -> list[Problem]:
+    """Imports a recipe's plugins; returns what is wrong with them."""
     problems = []
     for index, plugin in enumerate(recipe.plugins):
         place = ("plugins", index)
@@ -195,7 +283,7 @@ def _tuples(value):
 class _Checks:
     """What ties the parts of a recipe together."""
 
-    def __init__(self, recipe: Recipe, document: Document, graphs: dict[str, Graph], path: Path, earlier: Mapping[str, Stage]):
+    def __init__(self, recipe: Recipe, document: Document, graphs: list[Graph | None], path: Path, earlier: Mapping[str, Stage | None]):
         self.recipe, self.document, self.graphs, self.path, self.earlier = recipe, document, graphs, path, earlier
         self.problems: list[Problem] = []
 
@@ -205,10 +293,10 @@ class _Checks:
         self._optimizers()
         self._data()
         self._names()
-        seen: dict[str, PhaseSection] = {}
+        seen: dict[str, tuple[PhaseSection, Graph | None]] = {}
         for index, phase in enumerate(self.recipe.phases):
             self._phase(phase, index, seen)
-            seen[phase.name] = phase
+            seen[phase.name] = phase, self.graphs[index]
         return self.problems
 
     def _say(self, path: tuple[str | int, ...], message: str, hint: str | None = None) -> None:
@@ -220,6 +308,8 @@ class _Checks:
             if model.ema_of is not None:
                 if model.ema_of not in recipe.ema:
                     self._say(("models", role, "ema_of"), f"no EMA is kept of {model.ema_of!r}", f"add ema: {{{model.ema_of}: ...}}")
+                if model.weights is not None:
+                    self._say(("models", role, "weights"), f"{role!r} is an average and takes its weights from {model.ema_of!r}")
                 continue
             if model.config.in_dim != recipe.latents.channels:
                 message = f"the model takes {model.config.in_dim} channels, the latents have {recipe.latents.channels}"
@@ -232,13 +322,16 @@ class _Checks:
         for role in recipe.ema:
             if role not in models:
                 self._say(("ema", role), f"{role!r} is not a model of this recipe", did_you_mean(role, models))
+            elif models[role].ema_of is not None:
+                self._say(("ema", role), f"{role!r} is an average itself", f"keep one of {models[role].ema_of!r}")
 
     def _weights(self, role: str, weights: str | None) -> None:
         if weights is None:
             return
         stage, slash, source = weights.partition("/")
         if slash and stage in self.earlier:
-            known = self.earlier[stage].recipe.models
+            before = self.earlier[stage]
+            known = set(before.recipe.models) if before is not None else {source}
             if source not in known:
                 message = f"the stage {stage!r} has no model {source!r}"
                 self._say(("models", role, "weights"), message, did_you_mean(source, known))
@@ -271,7 +364,7 @@ class _Checks:
             if name in names[:index]:
                 self._say(("phases", index, "name"), f"two phases are called {name!r}")
 
-    def _phase(self, phase: PhaseSection, index: int, seen: Mapping[str, PhaseSection]) -> None:
+    def _phase(self, phase: PhaseSection, index: int, seen: Mapping[str, tuple[PhaseSection, Graph | None]]) -> None:
         place, recipe = ("phases", index), self.recipe
         for role in phase.roles:
             if role not in recipe.models:
@@ -280,7 +373,7 @@ class _Checks:
                 self._say((*place, "update"), f"{role!r} has no optimizer", f"add optimizers: {{{role}: ...}}")
             elif recipe.models[role].ema_of is not None:
                 self._say((*place, "update"), f"{role!r} is an average and cannot be updated")
-        graph = self.graphs.get(phase.name)
+        graph = self.graphs[index]
         if graph is None:
             return
         for port in phase.models:
@@ -294,13 +387,15 @@ class _Checks:
                 self._say(where, f"{phase.graph} needs the role {port!r}, but {role!r} is not a model of this recipe", hint)
         self._inputs(phase, graph, place, seen)
         weight = f"{phase.loss}_weight"
-        for key in (phase.loss, weight, *phase.log):
+        wanted = [("loss", phase.loss)] if phase.loss not in graph.outputs else [("loss", weight)]
+        for field, key in (*wanted, *(("log", key) for key in phase.log)):
             if key not in graph.outputs:
-                field = "loss" if key in (phase.loss, weight) else "log"
                 self._say((*place, field), f"{phase.graph} has no output {key!r}", did_you_mean(key, graph.outputs))
 
-    def _inputs(self, phase: PhaseSection, graph: Graph, place: tuple[str | int, ...], seen: Mapping[str, PhaseSection]) -> None:
+    def _inputs(self, phase: PhaseSection, graph: Graph, place: tuple[str | int, ...], seen: Mapping[str, tuple[PhaseSection, Graph | None]]) -> None:
         known = {*RUNNER_KEYS, *data_keys(self.recipe.data.use)}
+        if self.recipe.data.use not in SOURCES:
+            known |= {*graph.inputs, *phase.in_.values()}  # nobody knows what it would give
         for key, source in phase.in_.items():
             if key not in (*graph.inputs, *graph.optional):
                 self._say((*place, "in", key), f"{phase.graph} has no input {key!r}", did_you_mean(key, (*graph.inputs, *graph.optional)))
@@ -311,12 +406,12 @@ class _Checks:
                 hint = did_you_mean(producer, seen) or "a phase reads outputs of phases above it only"
                 self._say((*place, "in", key), f"no phase {producer!r} runs before {phase.name!r}", hint)
             elif dot:
-                before = self.graphs.get(producer)
+                section, before = seen[producer]
                 if before is not None and output not in before.outputs:
                     self._say((*place, "in", key), f"the phase {producer!r} has no output {output!r}", did_you_mean(output, before.outputs))
-                if phase.every % seen[producer].every:
+                if phase.every % section.every:
                     message = f"{phase.name!r} runs on steps on which {producer!r} does not, and so cannot read its outputs"
-                    self._say((*place, "in", key), message, f"make `every` a multiple of {seen[producer].every}")
+                    self._say((*place, "in", key), message, f"make `every` a multiple of {section.every}")
         for key in graph.inputs:
             if key not in phase.in_ and key not in known:
                 self._say((*place, "graph"), f"{phase.graph} needs the input {key!r}, which neither the data nor the runner gives", did_you_mean(key, known))

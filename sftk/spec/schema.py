@@ -10,7 +10,9 @@ from sftk.functional.attention import Backend
 from sftk.models.config import PRESETS, WanConfig, preset
 
 
-def _at_least(least: float):
+def at_least(least: float):
+    """An attrs validator: a number (or every one of a tuple) is at least `least`; None passes."""
+
     def check(instance: Any, attribute: Any, value: Any) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and number < least:
@@ -33,10 +35,10 @@ def _known_size(instance: Any, attribute: Any, value: Any) -> None:
 class LatentsSection:
     """Size of one sample's latents; `sftk.core.LatentShape` in a recipe."""
 
-    frames: int = attrs.field(validator=_at_least(1))
-    channels: int = attrs.field(validator=_at_least(1))
-    height: int = attrs.field(validator=_at_least(1))
-    width: int = attrs.field(validator=_at_least(1))
+    frames: int = attrs.field(validator=at_least(1))
+    channels: int = attrs.field(validator=at_least(1))
+    height: int = attrs.field(validator=at_least(1))
+    width: int = attrs.field(validator=at_least(1))
 
 
 @attrs.frozen(kw_only=True)
@@ -45,7 +47,7 @@ class DataSection:
 
     use: str
     with_: dict[str, Any] = attrs.field(factory=dict)
-    workers: int = attrs.field(default=0, validator=_at_least(0))
+    workers: int = attrs.field(default=0, validator=at_least(0))
 
 
 @attrs.frozen(kw_only=True)
@@ -78,12 +80,12 @@ class OptimizerSection:
     """
 
     use: Literal["adamw"] = "adamw"
-    lr: float = attrs.field(validator=_at_least(0))
+    lr: float = attrs.field(validator=at_least(0))
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    weight_decay: float = attrs.field(default=0.01, validator=_at_least(0))
+    weight_decay: float = attrs.field(default=0.01, validator=at_least(0))
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup: int = attrs.field(default=0, validator=_at_least(0))
+    warmup: int = attrs.field(default=0, validator=at_least(0))
     decay_from: float = attrs.field(default=0.0, validator=_share)
     final: float = attrs.field(default=0.0, validator=_share)
 
@@ -99,9 +101,9 @@ class PhaseSection:
     name: str
     graph: str
     update: str | tuple[str, ...]
-    every: int = attrs.field(default=1, validator=_at_least(1))
+    every: int = attrs.field(default=1, validator=at_least(1))
     loss: str = "loss"
-    clip: float | None = attrs.field(default=None, validator=_at_least(0))
+    clip: float | None = attrs.field(default=None, validator=at_least(0))
     in_: dict[str, str] = attrs.field(factory=dict)
     models: dict[str, str] = attrs.field(factory=dict)
     with_: dict[str, Any] = attrs.field(factory=dict)
@@ -117,15 +119,15 @@ class PhaseSection:
 class TrainSection:
     """How long to train."""
 
-    steps: int = attrs.field(validator=_at_least(0))
+    steps: int = attrs.field(validator=at_least(0))
 
 
 @attrs.frozen(kw_only=True)
 class BatchSection:
     """Samples of one update (`global`), and of one forward pass on one rank (`per_rank`; all of them by default)."""
 
-    global_: int = attrs.field(validator=_at_least(1))
-    per_rank: int | None = attrs.field(default=None, validator=_at_least(1))
+    global_: int = attrs.field(validator=at_least(1))
+    per_rank: int | None = attrs.field(default=None, validator=at_least(1))
 
     @property
     def accumulation(self) -> int:
@@ -142,7 +144,7 @@ class EmaSection:
     """Exponential moving average of a role's weights, kept from step `start` on."""
 
     decay: float = attrs.field(validator=_share)
-    start: int = attrs.field(default=0, validator=_at_least(0))
+    start: int = attrs.field(default=0, validator=at_least(0))
 
 
 @attrs.frozen(kw_only=True)
@@ -158,8 +160,8 @@ class EvalSection:
 class CheckpointSection:
     """A checkpoint each `every` steps (and at the end); the last `keep` are kept."""
 
-    every: int = attrs.field(default=500, validator=_at_least(1))
-    keep: int = attrs.field(default=2, validator=_at_least(1))
+    every: int = attrs.field(default=500, validator=at_least(1))
+    keep: int = attrs.field(default=2, validator=at_least(1))
 
 
 @attrs.frozen(kw_only=True)

@@ -20,7 +20,7 @@ def brute_force(layout: Layout) -> list[list[bool]]:
     frames = len(block)
 
     def causal(q: int, k: int) -> bool:
-        inside = layout.window is None or k >= ends[q] - layout.window or k < layout.sink
+        inside = layout.window is None or k >= ends[q] - (layout.window - layout.sink) or k < layout.sink
         return k < ends[q] and inside
 
     if layout.kind == "block_causal":
@@ -37,6 +37,7 @@ def brute_force(layout: Layout) -> list[list[bool]]:
 
 @given(blocks=lengths, window=st.none() | st.integers(1, 8), sink=st.integers(0, 3))
 def test_block_causal_mask_against_brute_force(blocks, window, sink):
+    window = window if window is None else max(window, sink)
     layout = Layout(kind="block_causal", blocks=blocks, window=window, sink=sink)
     assert layout.frame_mask().tolist() == brute_force(layout)
     assert layout.frames == sum(blocks)
@@ -149,3 +150,10 @@ def test_flash_says_what_it_needs(randn):
     with pytest.raises(SpecError, match="takes no layout; use 'flex'"):
         attention_mask(LAYOUTS["window"], 2, CPU, "flash")
     assert {"sdpa", "math", "flex"} <= set(available_backends())
+
+
+def test_a_layout_refuses_a_window_it_cannot_keep():
+    with pytest.raises(ShapeError, match="cannot hold 3 sink frames"):
+        Layout(kind="block_causal", blocks=(1, 1), window=2, sink=3)
+    with pytest.raises(ShapeError, match="sees every clean frame"):
+        Layout(kind="teacher_forcing", blocks=(1, 1), window=2)

@@ -1,0 +1,90 @@
+"""What only a CUDA device can show: FlexAttention's kernels, compiled blocks and segments, delayed metrics, a whole run."""
+
+import json
+
+import pytest
+import torch
+
+from sftk.functional.attention import attention, attention_mask, available_backends
+from sftk.functional.keys import Key
+from sftk.functional.layout import Layout
+from sftk.models import WanConfig, WanModel
+from sftk.runtime.run import run_recipe
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("default"),  # Inductor and Triton warn about the machine they find
+]
+
+CONFIG = WanConfig(dim=192, ffn_dim=384, num_heads=3, num_layers=2, in_dim=16, out_dim=16, freq_dim=64, text_dim=32, text_len=8)
+
+
+def random_model(dtype: torch.dtype = torch.float32) -> WanModel:
+    torch.manual_seed(0)
+    model = WanModel(CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    return model.to("cuda", dtype)
+
+
+@pytest.mark.parametrize("kind", ["block_causal", "teacher_forcing"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_flex_equals_dense_attention_with_its_gradients(kind, window):
+    layout = Layout(kind=kind, blocks=(1, 3, 3), window=window if kind == "block_causal" else None)
+    tokens, cuda = 24, torch.device("cuda")
+    q, k, v = (torch.randn(2, layout.frames * tokens, 3, 64, device=cuda, requires_grad=True) for _ in range(3))
+    c = torch.randn_like(q)
+    found = {}
+    for backend in ("flex", "sdpa"):
+        out = attention(q, k, v, mask=attention_mask(layout, tokens, cuda, backend), backend=backend)
+        found[backend] = (out, *torch.autograd.grad((out * c).sum(), (q, k, v)))
+    for ours, reference in zip(found["flex"], found["sdpa"], strict=True):
+        assert (ours - reference).norm() / reference.norm() < 2e-3
+
+
+@pytest.mark.skipif("flash" not in available_backends(), reason="FlashAttention is not installed")
+def test_flash_equals_sdpa():
+    q, k, v = (torch.randn(1, 256, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    ours, reference = attention(q, k, v, backend="flash"), attention(q, k, v, backend="sdpa")
+    assert (ours.float() - reference.float()).norm() / reference.float().norm() < 1e-2
+
+
+def test_the_model_equals_itself_on_the_cpu():
+    model = random_model()
+    x, t, text = torch.randn(1, 6, 16, 8, 12), torch.rand(1, 6) * 1000, torch.randn(1, 8, 32)
+    layout = Layout(kind="block_causal", blocks=(3, 3))
+    with torch.no_grad():
+        on_gpu = model(x.cuda(), t.cuda(), text.cuda(), layout=layout)[0].cpu()
+        on_cpu = model.cpu()(x, t, text, layout=layout)[0]
+    assert (on_gpu - on_cpu).norm() / on_cpu.norm() < 2e-3
+
+
+def test_noise_is_equal_under_any_split():
+    whole = Key(seed=1, samples=(0, 1, 2)).normal("noise", (3, 4), device="cuda")
+    parts = [Key(seed=1, samples=(i,)).normal("noise", (3, 4), device="cuda") for i in range(3)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+OPTIONS = ["batch.global=4", "eval.enabled=false", "track.tensorboard=false", "checkpoint.every=2"]
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {(row["step"], key): value for row in rows for key, value in row.items() if key.endswith("/loss")}
+
+
+def test_a_compiled_run_has_the_losses_of_an_eager_one(tmp_path):
+    for compiled in ("true", "false"):
+        run_recipe("recipes/dmd.yaml", [*OPTIONS, "train.steps=4", f"compile={compiled}"], run_dir=tmp_path / compiled)
+    compiled, eager = losses(tmp_path / "true"), losses(tmp_path / "false")
+    assert compiled.keys() == eager.keys()
+    for key in eager:
+        assert abs(compiled[key] - eager[key]) < 2e-2 * max(1.0, abs(eager[key])), key
+
+
+def test_half_precision_and_checkpointing_run(tmp_path):
+    options = [*OPTIONS, "train.steps=2", "precision=bf16", "compile=false", "models.generator.checkpoint=full"]
+    run_recipe("recipes/dmd.yaml", options, run_dir=tmp_path)
+    assert all(value == value for value in losses(tmp_path).values())

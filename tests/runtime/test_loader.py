@@ -1,0 +1,62 @@
+"""Batches: every sample once an epoch, the same ones however a step is split, resumable anywhere."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from sftk.errors import DataError
+from sftk.runtime.loader import EndlessBatches, make_loader
+from sftk.spec.recipe import load_recipe
+
+
+def take(sampler, count):
+    return list(itertools.islice(sampler, count))
+
+
+def test_epochs_are_permutations_and_batches_span_them():
+    flat = list(itertools.chain(*take(EndlessBatches(5, 3, seed=1), 10)))
+    epochs = [flat[start : start + 5] for start in range(0, 30, 5)]
+    assert [sorted(epoch) for epoch in epochs] == [[0, 1, 2, 3, 4]] * 6
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert flat != list(itertools.chain(*take(EndlessBatches(5, 3, seed=2), 10)))
+
+
+@pytest.mark.parametrize("split", [1, 2, 4])
+def test_the_split_does_not_matter(split):
+    whole = list(itertools.chain(*take(EndlessBatches(7, 4, seed=0), 6)))
+    assert list(itertools.chain(*take(EndlessBatches(7, split, seed=0), 24 // split))) == whole
+
+
+def test_a_batch_larger_than_the_data():
+    (batch,) = take(EndlessBatches(2, 5, seed=0), 1)
+    assert (len(batch), set(batch)) == (5, {0, 1})
+
+
+def test_an_empty_data_set():
+    with pytest.raises(DataError, match="the data set is empty"):
+        EndlessBatches(0, 1, seed=0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("done", [0, 1, 5])
+def test_resumed_in_the_middle_of_an_epoch(tiny, workers, done):
+    (stage,) = load_recipe(tiny(), [f"data.workers={workers}"])
+    loader = make_loader(stage.recipe)
+    batches = iter(loader)
+    _, state = [next(batches) for _ in range(done)], loader.state_dict()
+    wanted = [next(batches) for _ in range(3)]
+    again = make_loader(stage.recipe)
+    again.load_state_dict(state)
+    found = list(itertools.islice(again, 3))
+    assert [batch["prompt"] for batch in found] == [batch["prompt"] for batch in wanted]
+    assert all(torch.equal(one["latents"], other["latents"]) for one, other in zip(found, wanted, strict=True))
+    assert found[0]["latents"].shape == (2, 6, 4, 8, 8)
+
+
+def test_workers_read_the_same_batches(tiny):
+    recipes = [load_recipe(tiny(), [f"data.workers={workers}"])[0].recipe for workers in (0, 2)]
+    plain, worked = ([batch["prompt"] for batch in itertools.islice(make_loader(recipe), 5)] for recipe in recipes)
+    assert plain == worked
