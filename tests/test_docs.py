@@ -135,8 +135,7 @@ def test_yaml_examples_pass_the_check(page: str, index: int, tmp_path: Path):
 @pytest.mark.parametrize(("page", "index"), numbered("console"))
 def test_shown_sessions_are_what_the_commands_print(page: str, index: int):
     first, *expected = blocks(page, "console")[index].splitlines()
-    if not first.startswith("$ sftk "):
-        pytest.skip("not a command of this package")
+    assert first.startswith("$ sftk ")
     result = CliRunner().invoke(main, shlex.split(first)[2:])
     assert result.output.splitlines() == expected
 

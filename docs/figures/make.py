@@ -77,10 +77,8 @@ class Drawing:
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height}" width="{WIDTH}" '
             f'height="{self.height}" role="img" font-family="system-ui,-apple-system,Segoe UI,Helvetica,Arial,sans-serif">'
-            f'<title>{escape(self.title)}</title><style>{STYLE}</style>'
-            f'<rect width="{WIDTH}" height="{self.height}" rx="8" class="bg"/>\n'
-            + "\n".join(self.parts)
-            + "\n</svg>\n"
+            f"<title>{escape(self.title)}</title><style>{STYLE}</style>"
+            f'<rect width="{WIDTH}" height="{self.height}" rx="8" class="bg"/>\n' + "\n".join(self.parts) + "\n</svg>\n"
         )
 
 

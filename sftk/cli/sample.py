@@ -17,7 +17,14 @@ WRITERS = {".mp4", ".gif", ".png"}
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--prompt", "prompts", multiple=True, required=True, help="What to show; may be given several times.")
-@click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("sample.mp4"), show_default=True, help="An .mp4, .gif or .png (contact sheet); several prompts are numbered.")
+@click.option(
+    "--out",
+    "-o",
+    type=click.Path(path_type=Path),
+    default=Path("sample.mp4"),
+    show_default=True,
+    help="An .mp4, .gif or .png (contact sheet); several prompts are numbered.",
+)
 @click.option("--frames", type=click.IntRange(1), help="Latent frames [default: as in training].")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--role", help="Which model of the run [default: its student].")

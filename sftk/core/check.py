@@ -27,8 +27,7 @@ def check_graph(
     """Every problem of a graph, and the keys that its nodes write."""
     available, maybe = set(inputs), set(optional)
     problems = [
-        Problem(path=("inputs",), message=f"the input {key!r} is declared twice")
-        for key in _repeated((*inputs, *optional))
+        Problem(path=("inputs",), message=f"the input {key!r} is declared twice") for key in _repeated((*inputs, *optional))
     ]
     written: list[str] = []
     problems += check_nodes(nodes, available, maybe, set(rebind), ports, written, frames)
@@ -117,7 +116,9 @@ def _check_names(node: Node, frames: int | None) -> list[Problem]:
             problems.append(Problem(path=("with", name), message=found))
     for name, parameter in options.items():
         if parameter.default is inspect.Parameter.empty and name not in node.options:
-            problems.append(Problem(path=("with",), message=f"{op.name} needs the option {name!r}", hint=f"add with: {{{name}: ...}}"))
+            problems.append(
+                Problem(path=("with",), message=f"{op.name} needs the option {name!r}", hint=f"add with: {{{name}: ...}}")
+            )
     if isinstance(op, FunctionTransform) and op.check is not None and not problems:
         found = op.check(op.complete(node.options), frames)
         problems += [Problem(path=("with", name), message=message) for name, message in found]
@@ -161,7 +162,9 @@ def _carried(node: Node) -> set[str]:
     return {outer for key, outer in starts.items() if node.out.get(key, key) == outer}
 
 
-def _check_fold(node: Node, available: set[str], maybe: set[str], ports: Sequence[str] | None, frames: int | None) -> list[Problem]:
+def _check_fold(
+    node: Node, available: set[str], maybe: set[str], ports: Sequence[str] | None, frames: int | None
+) -> list[Problem]:
     fold, problems = cast("Fold", node.op), []
     over = node.in_.get(fold.over, fold.over)
     if over not in available:
@@ -169,7 +172,12 @@ def _check_fold(node: Node, available: set[str], maybe: set[str], ports: Sequenc
         problems.append(Problem(path=("over",), message=message, hint=_near(over, available), missing=True))
     starts = {key: node.in_.get(start, start) for key, start in fold.carry.items()}
     problems += [
-        Problem(path=("carry", key), message=f"carries {start!r}, which nothing before the fold writes", hint=_near(start, available), missing=True)
+        Problem(
+            path=("carry", key),
+            message=f"carries {start!r}, which nothing before the fold writes",
+            hint=_near(start, available),
+            missing=True,
+        )
         for key, start in starts.items()
         if start not in available
     ]
@@ -177,12 +185,19 @@ def _check_fold(node: Node, available: set[str], maybe: set[str], ports: Sequenc
     written: list[str] = []
     problems += check_nodes(fold.nodes, inside, _renamed(maybe, node.in_), set(fold.carry), ports, written, frames)
     problems += [
-        Problem(path=("carry", key), message=f"carries {key!r}, which its body never writes", hint=_near(key, written), missing=True)
+        Problem(
+            path=("carry", key), message=f"carries {key!r}, which its body never writes", hint=_near(key, written), missing=True
+        )
         for key in fold.carry
         if key not in written
     ]
     problems += [
-        Problem(path=("collect", key), message=f"collects {key!r}, which its body never writes", hint=_near(key, written), missing=True)
+        Problem(
+            path=("collect", key),
+            message=f"collects {key!r}, which its body never writes",
+            hint=_near(key, written),
+            missing=True,
+        )
         for key in fold.collect
         if key not in written
     ]

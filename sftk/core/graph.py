@@ -39,7 +39,8 @@ class Graph(Transform):
         >>> import torch
         >>> from sftk.functional import add_noise, interpolate
         >>> graph = Graph([add_noise], inputs=("x0", "noise", "timestep"))
-        >>> state = {"x0": torch.zeros(1, 3, 4, 2, 2), "noise": torch.ones(1, 3, 4, 2, 2), "timestep": torch.full((1, 3), 250.0)}
+        >>> zero = torch.zeros(1, 3, 4, 2, 2)
+        >>> state = {"x0": zero, "noise": zero + 1, "timestep": torch.full((1, 3), 250.0)}
         >>> graph(state)["noisy"].unique()
         tensor([0.2500])
     """

@@ -108,6 +108,14 @@ def describe_value(value: Any) -> str:
     """
     if value is None:
         return "null"
-    kinds = {bool: "the boolean", int: "the integer", float: "the number", str: "the string", list: "the list", tuple: "the list", dict: "the mapping"}
+    kinds = {
+        bool: "the boolean",
+        int: "the integer",
+        float: "the number",
+        str: "the string",
+        list: "the list",
+        tuple: "the list",
+        dict: "the mapping",
+    }
     text = str(value).lower() if isinstance(value, bool) else repr(list(value) if isinstance(value, tuple) else value)
     return f"{kinds.get(type(value), 'the ' + type(value).__name__)} {text[:80]}"

@@ -76,7 +76,9 @@ class Transform:
 class FunctionTransform(Transform):
     """A plain function made a transform by `@transform`; calling it calls the function."""
 
-    def __init__(self, fn: Callable[..., Any], out: tuple[str, ...], kind: Kind, ports: tuple[str, ...], example: Any, check: Any):
+    def __init__(
+        self, fn: Callable[..., Any], out: tuple[str, ...], kind: Kind, ports: tuple[str, ...], example: Any, check: Any
+    ):
         parameters = inspect.signature(fn).parameters
         positional = [p for p in parameters.values() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
         unknown = set(ports) - {p.name for p in positional}

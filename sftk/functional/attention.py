@@ -76,7 +76,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Ba
     if backend == "flash":
         if mask is not None or not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
             found = f"{q.dtype} on {q.device.type}{'' if mask is None else ' with a mask'}"
-            raise SpecError(f"the attention backend 'flash' needs bf16 or fp16 on CUDA without a mask, found {found}; use 'sdpa'")
+            raise SpecError(
+                f"the attention backend 'flash' needs bf16 or fp16 on CUDA without a mask, found {found}; use 'sdpa'"
+            )
         return _flash(q, k, v)
     heads = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     if mask is not None and not isinstance(mask, Tensor):

@@ -123,7 +123,9 @@ def window(cache: KVCache, *, size: int | None, sink: int = 0) -> KVCache:
     if size is None or cache.frames <= size:
         return cache
     if size < sink:
-        raise ShapeError(f"a context of {size} frames cannot hold {sink} sink frames; make the window larger or the sink smaller")
+        raise ShapeError(
+            f"a context of {size} frames cannot hold {sink} sink frames; make the window larger or the sink smaller"
+        )
     keep = set(range(sink)) | set(range(cache.frames - (size - sink), cache.frames))
     chunks, offset = [], 0
     for chunk in cache.chunks:
@@ -171,9 +173,7 @@ def straight_through(context: Sequence[LayerKV], exit_kv: Sequence[LayerKV]) -> 
     def join(value: Tensor, path: Tensor) -> Tensor:
         return value.detach() + (path - path.detach())
 
-    return tuple(
-        (join(c[0], e[0]), join(c[1], e[1]), c[2], c[3]) for c, e in zip(context, exit_kv, strict=True)
-    )
+    return tuple((join(c[0], e[0]), join(c[1], e[1]), c[2], c[3]) for c, e in zip(context, exit_kv, strict=True))
 
 
 def _flatten_cache(cache: KVCache):
@@ -186,6 +186,4 @@ def _unflatten_cache(values, context) -> KVCache:
     return KVCache(chunks=chunks, text=text, rope=rope)
 
 
-pytree.register_pytree_node(
-    KVCache, _flatten_cache, _unflatten_cache, serialized_type_name="sftk.functional.cache.KVCache"
-)
+pytree.register_pytree_node(KVCache, _flatten_cache, _unflatten_cache, serialized_type_name="sftk.functional.cache.KVCache")

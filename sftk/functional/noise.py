@@ -24,11 +24,11 @@ def expand_sigma(sigma: Tensor, like: Tensor) -> Tensor:
         >>> expand_sigma(torch.zeros(2, 3), torch.zeros(2, 3, 4, 8, 8)).shape
         torch.Size([2, 3, 1, 1, 1])
     """
-    fits = sigma.dim() <= like.dim() and all(
-        s in (1, n) for s, n in zip(sigma.shape, like.shape[: sigma.dim()], strict=True)
-    )
+    fits = sigma.dim() <= like.dim() and all(s in (1, n) for s, n in zip(sigma.shape, like.shape[: sigma.dim()], strict=True))
     if not fits:
-        raise ShapeError(f"sigma of shape {list(sigma.shape)} does not fit latents of shape {list(like.shape)}; expected [B] or [B, F]")
+        raise ShapeError(
+            f"sigma of shape {list(sigma.shape)} does not fit latents of shape {list(like.shape)}; expected [B] or [B, F]"
+        )
     return sigma.reshape(sigma.shape + (1,) * (like.dim() - sigma.dim())).to(like.dtype)
 
 

@@ -47,7 +47,9 @@ class Denoiser(Protocol):
     ) -> tuple[Tensor, tuple[LayerKV, ...], tuple[Tensor, ...]]: ...
 
 
-def toy_denoiser(latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, *, cache=None, layout=None, positions=None, features_at=()):
+def toy_denoiser(
+    latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, *, cache=None, layout=None, positions=None, features_at=()
+):
     """A few multiplications behind the model port, for examples and laws.
 
     Example:

@@ -122,7 +122,10 @@ def _window_check(options: Mapping[str, Any], frames: int | None) -> Iterator[tu
     if options["sink"] < 0:
         yield "sink", f"a sink has 0 frames or more, found {options['sink']}"
     if options["window"] is not None and options["window"] <= (options["sink"] if options["attend_sink"] else 0):
-        yield "window", f"a window of {options['window']} frames cannot hold a block and {options['sink']} sink frames; make it larger"
+        yield (
+            "window",
+            f"a window of {options['window']} frames cannot hold a block and {options['sink']} sink frames; make it larger",
+        )
     if options["max_context_frames"] is not None and options["max_context_frames"] < 0:
         yield "max_context_frames", f"a context has 0 frames or more, found {options['max_context_frames']}"
 
@@ -160,7 +163,9 @@ def window_context(
     if window is not None:
         sink = sink if attend_sink else 0
         if window < sink + block.frames:
-            raise ShapeError(f"a window of {window} frames cannot hold a block of {block.frames} and {sink} sink frames; make it larger")
+            raise ShapeError(
+                f"a window of {window} frames cannot hold a block of {block.frames} and {sink} sink frames; make it larger"
+            )
         cache = caches.window(cache, size=window - block.frames, sink=sink)
     if max_context_frames is not None:
         cache = caches.window(cache, size=max_context_frames, sink=min(int(keep_first_frame), max_context_frames))
@@ -196,7 +201,9 @@ def denoise_step(
         >>> x0.shape
         torch.Size([1, 3, 4, 2, 2])
     """
-    timestep = torch.full(noisy.shape[:2], step.timestep, device=noisy.device, dtype=torch.promote_types(noisy.dtype, torch.float32))
+    timestep = torch.full(
+        noisy.shape[:2], step.timestep, device=noisy.device, dtype=torch.promote_types(noisy.dtype, torch.float32)
+    )
     flow, kv, _ = denoiser(noisy, timestep, prompt_embeds, cache=cache, positions=block.positions)
     return flow_to_x0(noisy, flow, timestep_to_sigma(timestep, schedule, shift)), kv
 
@@ -248,7 +255,9 @@ def renoise(x0: Tensor, key: Key, step: Step, block: Block, *, schedule: Schedul
     """
     assert step.next_timestep is not None, "the last step is never followed by a re-noising"
     noise = key.normal(f"renoise_b{block.index}_s{step.index}", x0.shape[1:], device=x0.device, dtype=x0.dtype)
-    timestep = torch.full(x0.shape[:2], step.next_timestep, device=x0.device, dtype=torch.promote_types(x0.dtype, torch.float32))
+    timestep = torch.full(
+        x0.shape[:2], step.next_timestep, device=x0.device, dtype=torch.promote_types(x0.dtype, torch.float32)
+    )
     return interpolate(x0, noise, timestep_to_sigma(timestep, schedule, shift))
 
 
@@ -297,7 +306,9 @@ def commit_context(
         context = x0.detach()
         if noise_context and (context_noise > 0 or schedule == "table"):
             noise = key.normal(f"context_noise_b{block.index}", x0.shape[1:], device=x0.device, dtype=x0.dtype)
-            level = torch.full(x0.shape[:2], context_noise, device=x0.device, dtype=torch.promote_types(x0.dtype, torch.float32))
+            level = torch.full(
+                x0.shape[:2], context_noise, device=x0.device, dtype=torch.promote_types(x0.dtype, torch.float32)
+            )
             context = interpolate(context, noise, timestep_to_sigma(level, schedule, shift))
         found = _context_kv(denoiser, context, context_noise, cache, block, prompt_embeds)
     if context_gradient == "straight_through" and kv is not None:
@@ -350,5 +361,7 @@ def join_blocks(x0_blocks: tuple[Tensor, ...], initial_latents: Tensor | None = 
 
 
 def _context_kv(denoiser: Denoiser, latents: Tensor, timestep: float, cache: KVCache, block: Block, prompt_embeds: Tensor):
-    times = torch.full(latents.shape[:2], timestep, device=latents.device, dtype=torch.promote_types(latents.dtype, torch.float32))
+    times = torch.full(
+        latents.shape[:2], timestep, device=latents.device, dtype=torch.promote_types(latents.dtype, torch.float32)
+    )
     return denoiser(latents, times, prompt_embeds, cache=cache, positions=block.positions)[1]

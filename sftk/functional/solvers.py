@@ -71,7 +71,9 @@ def ode_step(
         torch.Size([1, 3, 4, 2, 2])
     """
     assert step.next_timestep is not None
-    timestep = torch.full(noisy.shape[:2], step.timestep, device=noisy.device, dtype=torch.promote_types(noisy.dtype, torch.float32))
+    timestep = torch.full(
+        noisy.shape[:2], step.timestep, device=noisy.device, dtype=torch.promote_types(noisy.dtype, torch.float32)
+    )
     flow = denoiser(noisy, timestep, prompt_embeds)[0]
     if scale != 1.0:
         flow = guide(flow, denoiser(noisy, timestep, negative_embeds)[0], scale=scale)

@@ -45,7 +45,9 @@ class WanModel(nn.Module):
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), nn.Linear(config.dim, config.dim)
         )
-        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, config.dim), nn.SiLU(), nn.Linear(config.dim, config.dim))
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.freq_dim, config.dim), nn.SiLU(), nn.Linear(config.dim, config.dim)
+        )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, config.dim * 6))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
@@ -156,7 +158,9 @@ class WanModel(nn.Module):
         patches = x.unflatten(2, (ph, pw, -1)).unflatten(1, (frames, height, width))  # B F h w ph pw C
         return patches.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
-    def _rope(self, latents: Tensor, cache: KVCache | None, positions: Sequence[int] | None, frames: int, height: int, width: int):
+    def _rope(
+        self, latents: Tensor, cache: KVCache | None, positions: Sequence[int] | None, frames: int, height: int, width: int
+    ):
         config = self.config
         dtype = torch.promote_types(latents.dtype, torch.float32)
         past = 0 if cache is None else cache.frames

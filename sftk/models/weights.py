@@ -19,7 +19,9 @@ from sftk.models.wan import WanModel
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-def save_weights(model: nn.Module, path: Path, *, dtype: torch.dtype | None = None, about: dict[str, Any] | None = None) -> None:
+def save_weights(
+    model: nn.Module, path: Path, *, dtype: torch.dtype | None = None, about: dict[str, Any] | None = None
+) -> None:
     """Writes a model's weights under their own names, with its config in the file's metadata.
 
     Args:
@@ -83,7 +85,9 @@ def read_config(path: Path) -> WanConfig:
     return WanConfig(**(values | {"patch_size": tuple(values["patch_size"])}))
 
 
-def build_model(config: WanConfig, *, weights: Path | None, seed: int, dtype: str, backend: Any, device: torch.device) -> WanModel:
+def build_model(
+    config: WanConfig, *, weights: Path | None, seed: int, dtype: str, backend: Any, device: torch.device
+) -> WanModel:
     """A backbone with given or random weights.
 
     Args:

@@ -55,7 +55,7 @@ class DigitsEvaluation:
     student_sampling: StudentSampling = attrs.field(factory=StudentSampling)
     teacher_sampling: TeacherSampling = attrs.field(factory=TeacherSampling)
 
-    def problems(self, frames: int) -> Iterator[tuple[tuple[str, ...], str, str | None]]:
+    def problems(self, frames: int) -> Iterator[tuple[tuple[str | int, ...], str, str | None]]:
         """What is wrong with how student and teacher sample clips of `frames` frames: (path, message, hint)."""
         if self.student is not None:
             for problem in sampling_problems("specs/rollout.yaml", self.student_sampling, frames):
@@ -114,9 +114,8 @@ class DigitsEvaluator:
         seed = self.options.seed if seed is None else seed
         shape = (frames, *self._shape)
         data = source("digits")
-        latents = sample_latents(
-            graph, port, prompts, data, shape, seed=seed, device=self.device, batch=self.options.batch
-        )
+        latents = sample_latents(graph, port, prompts, data, shape, seed=seed, device=self.device, batch=self.options.batch)
+        assert data.decode is not None
         return data.decode(latents)
 
     def judge(self, video: Tensor, prompts: list[str]) -> Row:
@@ -159,7 +158,9 @@ class DigitsEvaluator:
         prompts = [prompt_text(digit, direction) for digit, direction in zip((3, 8, 0, 5, 7, 2), DIRECTIONS * 2, strict=False)]
         prompts = prompts[: self.options.sample_prompts]
         videos = {
-            caption: self.teacher(port, prompts, seed=7) if kind == "teacher" else self.student(port, self.frames, prompts, seed=7)
+            caption: self.teacher(port, prompts, seed=7)
+            if kind == "teacher"
+            else self.student(port, self.frames, prompts, seed=7)
             for caption, (kind, port) in ports.items()
         }
         if not videos:
@@ -184,7 +185,9 @@ def shipped_teacher(weights: Path | None, options: DigitsEvaluation) -> Row | No
     if weights is None or not path.is_file():
         return None
     figures = json.loads(path.read_text())
-    same = figures["weights_sha256"] == file_hash(weights) and figures["teacher_sampling"] == attrs.asdict(options.teacher_sampling)
+    same = figures["weights_sha256"] == file_hash(weights) and figures["teacher_sampling"] == attrs.asdict(
+        options.teacher_sampling
+    )
     return figures["teacher"] if same else None
 
 

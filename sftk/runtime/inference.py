@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from sftk.data.sources import DataSource, source
-from sftk.errors import CheckpointError, did_you_mean
-from sftk.models.weights import load_weights, read_config
+from sftk.errors import CheckpointError, SftkError, did_you_mean
 from sftk.models.wan import WanModel
+from sftk.models.weights import load_weights, read_config
 from sftk.runtime.checkpoint import last_checkpoint
 from sftk.runtime.evaluators import evaluation_options
 from sftk.runtime.port import Port
 from sftk.runtime.sampling import StudentSampling, sample_latents, student_graph
 from sftk.spec.convert import structure
-from sftk.spec.graphs import spec_params
 from sftk.spec.files import find_file
+from sftk.spec.graphs import spec_params
 from sftk.spec.recipe import load_plugins
 from sftk.spec.schema import Recipe
 from sftk.spec.source import Document, read_yaml
@@ -56,7 +56,12 @@ class Student:
 
         Returns:
             [N, F, H, W] (or with a colour axis) in [0, 1], on the CPU.
+
+        Raises:
+            SftkError: the run's data set has no texts or no pictures.
         """
+        if self.data.embed is None or self.data.decode is None:
+            raise SftkError("the data set of this run has neither texts nor pictures, so nothing can be sampled for a prompt")
         shape = (frames or self.shape[0], *self.shape[1:])
         graph = student_graph(self.sampling)
         latents = sample_latents(graph, self.port, prompts, self.data, shape, seed=seed, device=self.device)
@@ -77,7 +82,9 @@ def load_student(path: Path, *, role: str | None = None, device: torch.device | 
     path, device = Path(path), device or torch.device("cpu")
     recipe_file = next((p / "recipe.yaml" for p in (path, *path.parents) if (p / "recipe.yaml").is_file()), None)
     if not path.exists():
-        raise CheckpointError(f"no such checkpoint {path}; expected a run's folder, a folder in its checkpoints/, or a .safetensors file")
+        raise CheckpointError(
+            f"no such checkpoint {path}; expected a run's folder, a folder in its checkpoints/, or a .safetensors file"
+        )
     if recipe_file is None:
         raise CheckpointError(f"{path} does not lie in a run's folder (no recipe.yaml above it)")
     stage, document, recipe = _last_stage(recipe_file)
@@ -128,7 +135,11 @@ def _is_reference(value: Any) -> bool:
 
 
 def _weights(path: Path, run: Path, stage: str, role: str | None, recipe: Recipe) -> Path:
-    folder = path if path.name.startswith("step_") else last_checkpoint(path if path.parent.name == "checkpoints" else run / "checkpoints" / stage)
+    folder = (
+        path
+        if path.name.startswith("step_")
+        else last_checkpoint(path if path.parent.name == "checkpoints" else run / "checkpoints" / stage)
+    )
     if folder is None:
         raise CheckpointError(f"{path} holds no complete checkpoint yet")
     there = sorted(p.name.removesuffix(".safetensors") for p in folder.glob("*.safetensors"))

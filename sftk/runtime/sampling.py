@@ -108,6 +108,7 @@ def sample_latents(
     Returns:
         [N, F, C, H, W] float32, on the CPU.
     """
+    assert data.embed is not None
     found = []
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])

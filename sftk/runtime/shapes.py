@@ -61,7 +61,9 @@ def check_shapes(stage: Stage) -> list[PhaseShapes]:
             problem = Problem(path=("phases", index), message=f"the phase {phase.name!r} fails on meta tensors: {error}")
             raise SpecError([stage.document.locate(problem)]) from error
         outputs[phase.name] = {key: v.detach() if isinstance(v, Tensor) else v for key, v in out.items()}
-        shown = {key: f"{str(v.dtype).removeprefix('torch.')} {list(v.shape)}" for key, v in out.items() if isinstance(v, Tensor)}
+        shown = {
+            key: f"{str(v.dtype).removeprefix('torch.')} {list(v.shape)}" for key, v in out.items() if isinstance(v, Tensor)
+        }
         sizes = {role: sum(p.numel() for p in models[role].parameters()) for role in phase.roles}
         found.append(PhaseShapes(phase=phase.name, outputs=shown, parameters=sizes))
     return found

@@ -128,7 +128,11 @@ class StageRun:
         culprit = next(filter(None, found), None)
         saved = last_checkpoint(self.folder)
         good = f"the last good checkpoint is {saved}" if saved else "no checkpoint was saved before"
-        where = f"first seen in {culprit}" if culprit else "every key is finite when the step is run again: only its gradient overflowed"
+        where = (
+            f"first seen in {culprit}"
+            if culprit
+            else "every key is finite when the step is run again: only its gradient overflowed"
+        )
         return f"{name} is not finite at step {step + 1} of stage {self.stage.name!r}, phase {phase!r}; {where}; {good}"
 
 

@@ -17,7 +17,7 @@ COMPAT: dict[str, dict[str, Any]] = {
 
 - `schedule: table`: sigmas from the 1000-entry shifted table; so the context is noised a little even at context_noise 0.
 - `score_shift: 8`: the score models read flow with the sigma of another table than noise was added with.
-- `context_gradient: straight_through`: a later block's gradient to cached keys and values reaches the earlier block's exit step.
+- `context_gradient: straight_through`: a later block's gradient to cached keys and values reaches the earlier exit step.
 - `normalizer_guard: false`: DMD's normaliser is unguarded, then NaN becomes 0.
 - `attend_sink: false`: in training a window holds the last frames only.
 """

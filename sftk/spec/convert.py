@@ -300,7 +300,7 @@ def _droppable(finding: _Finding, fields: Mapping[str, Any]) -> _Finding:
     if finding.without is not None or not finding.place:
         return finding
     key = finding.place[0]
-    default = key in fields and fields[key].default is not attrs.NOTHING
+    default = isinstance(key, str) and key in fields and fields[key].default is not attrs.NOTHING
     return attrs.evolve(finding, without=(key,) if default else None)
 
 

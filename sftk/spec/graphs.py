@@ -16,7 +16,6 @@ from sftk.spec.convert import structure
 from sftk.spec.files import find_file, show_path
 from sftk.spec.source import Document, KeyPath, read_yaml
 
-
 _FROM_PYTHON = "parameters"
 
 
@@ -204,7 +203,9 @@ class _Builder:
         name = raw[1:]
         if name not in self.env:
             later = name in self.spec.params
-            message = f"{raw} stands for a parameter that " + ("is declared further down" if later else "this spec does not declare")
+            message = f"{raw} stands for a parameter that " + (
+                "is declared further down" if later else "this spec does not declare"
+            )
             self.problems.append(here.blame(message, did_you_mean(name, self.spec.params)))
             return attrs.evolve(here, value=None)
         self.used.add(name)

@@ -13,8 +13,8 @@ from typing import Any
 import attrs
 
 from sftk.core.graph import Graph
-from sftk.data.sources import SOURCES, data_keys, data_problems
-from sftk.errors import Problem, SpecError, did_you_mean
+from sftk.errors import Problem, SpecError
+from sftk.spec.checks import Checks
 from sftk.spec.compat import compat_defaults
 from sftk.spec.convert import structure_what_fits
 from sftk.spec.files import find_file, search_roots, show_path
@@ -22,9 +22,6 @@ from sftk.spec.graphs import Origin, build_graph, once
 from sftk.spec.overrides import apply_overrides, set_value
 from sftk.spec.schema import PhaseSection, Recipe, StagedRecipe, StageSection
 from sftk.spec.source import Document, KeyPath, dump_yaml, read_yaml
-
-RUNNER_KEYS = ("noise", "key")
-"""Graph inputs that the runner gives besides those of the data."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -127,7 +124,11 @@ Part = tuple[str, Path, Document | None]
 
 def _resolved_parts(path: Path, document: Document) -> tuple[list[Part], list[Problem]]:
     """The parts of the recipe that a run with stages writes: whole recipes by name."""
-    problems = [document.problem((key,), f"unknown key {key!r}", "only `stages` stands here") for key in document.value if key != "stages"]
+    problems = [
+        document.problem((key,), f"unknown key {key!r}", "only `stages` stands here")
+        for key in document.value
+        if key != "stages"
+    ]
     return [(name, path, document.at(("stages", name))) for name in document.value["stages"]], problems
 
 
@@ -149,13 +150,17 @@ def _parts(path: Path, document: Document) -> tuple[list[Part], list[Problem]]:
     return parts, problems
 
 
-def _part(section: StageSection, place: KeyPath, path: Path, document: Document) -> tuple[tuple[Path, Document | None], list[Problem]]:
+def _part(
+    section: StageSection, place: KeyPath, path: Path, document: Document
+) -> tuple[tuple[Path, Document | None], list[Problem]]:
     place_of_file = (*place, "recipe")
     try:
         found = find_file(section.recipe, path)
         inner = read_yaml(found, show_path(found))
     except SpecError as error:
-        return (path, None), [document.problem(place_of_file, p.message, p.hint) if p.file is None else p for p in error.problems]
+        return (path, None), [
+            document.problem(place_of_file, p.message, p.hint) if p.file is None else p for p in error.problems
+        ]
     if isinstance(inner.value, dict) and "stages" in inner.value:
         message = f"{section.recipe} has stages of its own; a stage is a plain recipe"
         return (found, None), [document.problem(place_of_file, message)]
@@ -193,7 +198,12 @@ def _read_stages(
 
 
 def _read_stage(
-    name: str, path: Path, document: Document, overrides: Sequence[str], earlier: Mapping[str, Stage | None], check: Check | None
+    name: str,
+    path: Path,
+    document: Document,
+    overrides: Sequence[str],
+    earlier: Mapping[str, Stage | None],
+    check: Check | None,
 ) -> tuple[Stage | None, list[Problem]]:
     """A stage and its problems. Where the schema refuses something without a default, that hides what is checked after it."""
     document, problems = _override(document, overrides)
@@ -208,7 +218,7 @@ def _read_stage(
         problems += wrong
         built.append(graph)
     graphs = {phase.name: graph for phase, graph in zip(recipe.phases, built, strict=True) if graph is not None}
-    problems += _Checks(recipe, document, built, path, earlier).all()
+    problems += Checks(recipe, document, built, path, earlier).all()
     if check is not None:
         problems += check(document, recipe)
     return Stage(name=name, recipe=recipe, graphs=graphs, document=document, path=path), problems
@@ -238,7 +248,9 @@ def load_plugins(recipe: Recipe, document: Document, path: Path) -> list[Problem
         except SpecError as error:
             problems += [document.problem(place, p.message, p.hint) for p in error.problems]
         except Exception as error:
-            problems.append(document.problem(place, f"the plugin {plugin!r} cannot be imported: {type(error).__name__}: {error}"))
+            problems.append(
+                document.problem(place, f"the plugin {plugin!r} cannot be imported: {type(error).__name__}: {error}")
+            )
     return problems
 
 
@@ -271,147 +283,11 @@ def _phase_graph(
     except SpecError as error:
         return None, [document.problem((*place, "graph"), p.message, p.hint) for p in error.problems]
     bound = {
-        name: Origin(value=_tuples(value), document=document, path=(*place, "with", name)) for name, value in phase.with_.items()
+        name: Origin(value=_tuples(value), document=document, path=(*place, "with", name))
+        for name, value in phase.with_.items()
     }
     return build_graph(found, bound, frames=recipe.latents.frames, defaults=compat_defaults(recipe.compat))
 
 
 def _tuples(value):
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-class _Checks:
-    """What ties the parts of a recipe together."""
-
-    def __init__(self, recipe: Recipe, document: Document, graphs: list[Graph | None], path: Path, earlier: Mapping[str, Stage | None]):
-        self.recipe, self.document, self.graphs, self.path, self.earlier = recipe, document, graphs, path, earlier
-        self.problems: list[Problem] = []
-
-    def all(self) -> list[Problem]:
-        """Every problem."""
-        self._models()
-        self._optimizers()
-        self._data()
-        self._names()
-        seen: dict[str, tuple[PhaseSection, Graph | None]] = {}
-        for index, phase in enumerate(self.recipe.phases):
-            self._phase(phase, index, seen)
-            seen[phase.name] = phase, self.graphs[index]
-        return self.problems
-
-    def _say(self, path: tuple[str | int, ...], message: str, hint: str | None = None) -> None:
-        self.problems.append(self.document.problem(path, message, hint))
-
-    def _models(self) -> None:
-        recipe, models = self.recipe, self.recipe.models
-        for role, model in models.items():
-            if model.ema_of is not None:
-                if model.ema_of not in recipe.ema:
-                    self._say(("models", role, "ema_of"), f"no EMA is kept of {model.ema_of!r}", f"add ema: {{{model.ema_of}: ...}}")
-                if model.weights is not None:
-                    self._say(("models", role, "weights"), f"{role!r} is an average and takes its weights from {model.ema_of!r}")
-                continue
-            if model.config.in_dim != recipe.latents.channels:
-                message = f"the model takes {model.config.in_dim} channels, the latents have {recipe.latents.channels}"
-                self._say(("models", role, "size"), message)
-            _, rows, columns = model.config.patch_size
-            if recipe.latents.height % rows or recipe.latents.width % columns:
-                message = f"a patch of {rows}x{columns} does not divide latents of {recipe.latents.height}x{recipe.latents.width}"
-                self._say(("models", role, "size"), message)
-            self._weights(role, model.weights)
-        for role in recipe.ema:
-            if role not in models:
-                self._say(("ema", role), f"{role!r} is not a model of this recipe", did_you_mean(role, models))
-            elif models[role].ema_of is not None:
-                self._say(("ema", role), f"{role!r} is an average itself", f"keep one of {models[role].ema_of!r}")
-
-    def _weights(self, role: str, weights: str | None) -> None:
-        if weights is None:
-            return
-        stage, slash, source = weights.partition("/")
-        if slash and stage in self.earlier:
-            before = self.earlier[stage]
-            known = set(before.recipe.models) if before is not None else {source}
-            if source not in known:
-                message = f"the stage {stage!r} has no model {source!r}"
-                self._say(("models", role, "weights"), message, did_you_mean(source, known))
-            return
-        try:
-            find_file(weights, self.path)
-        except SpecError as error:
-            for problem in error.problems:
-                self._say(("models", role, "weights"), problem.message, problem.hint)
-
-    def _optimizers(self) -> None:
-        updated = {role for phase in self.recipe.phases for role in phase.roles}
-        for role in self.recipe.optimizers:
-            if role not in self.recipe.models:
-                self._say(("optimizers", role), f"{role!r} is not a model of this recipe", did_you_mean(role, self.recipe.models))
-            elif role not in updated:
-                self._say(("optimizers", role), f"no phase updates {role!r}", "remove it, or name it in a phase's `update`")
-
-    def _data(self) -> None:
-        data = self.recipe.data
-        shape = self.recipe.latents
-        for path, message, hint in data_problems(data.use, data.with_, shape.frames, (shape.channels, shape.height, shape.width)):
-            self._say(("data", *path), message, hint)
-
-    def _names(self) -> None:
-        names = [phase.name for phase in self.recipe.phases]
-        if not names:
-            self._say(("phases",), "a recipe has at least one phase")
-        for index, name in enumerate(names):
-            if name in names[:index]:
-                self._say(("phases", index, "name"), f"two phases are called {name!r}")
-
-    def _phase(self, phase: PhaseSection, index: int, seen: Mapping[str, tuple[PhaseSection, Graph | None]]) -> None:
-        place, recipe = ("phases", index), self.recipe
-        for role in phase.roles:
-            if role not in recipe.models:
-                self._say((*place, "update"), f"{role!r} is not a model of this recipe", did_you_mean(role, recipe.models))
-            elif role not in recipe.optimizers:
-                self._say((*place, "update"), f"{role!r} has no optimizer", f"add optimizers: {{{role}: ...}}")
-            elif recipe.models[role].ema_of is not None:
-                self._say((*place, "update"), f"{role!r} is an average and cannot be updated")
-        graph = self.graphs[index]
-        if graph is None:
-            return
-        for port in phase.models:
-            if port not in graph.ports:
-                self._say((*place, "models", port), f"{phase.graph} has no role {port!r}", did_you_mean(port, graph.ports))
-        for port in graph.ports:
-            role = phase.models.get(port, port)
-            if role not in recipe.models:
-                where = (*place, "models", port) if port in phase.models else (*place, "graph")
-                hint = did_you_mean(role, recipe.models) or f"bind it with models: {{{port}: ...}}"
-                self._say(where, f"{phase.graph} needs the role {port!r}, but {role!r} is not a model of this recipe", hint)
-        self._inputs(phase, graph, place, seen)
-        weight = f"{phase.loss}_weight"
-        wanted = [("loss", phase.loss)] if phase.loss not in graph.outputs else [("loss", weight)]
-        for field, key in (*wanted, *(("log", key) for key in phase.log)):
-            if key not in graph.outputs:
-                self._say((*place, field), f"{phase.graph} has no output {key!r}", did_you_mean(key, graph.outputs))
-
-    def _inputs(self, phase: PhaseSection, graph: Graph, place: tuple[str | int, ...], seen: Mapping[str, tuple[PhaseSection, Graph | None]]) -> None:
-        known = {*RUNNER_KEYS, *data_keys(self.recipe.data.use)}
-        if self.recipe.data.use not in SOURCES:
-            known |= {*graph.inputs, *phase.in_.values()}  # nobody knows what it would give
-        for key, source in phase.in_.items():
-            if key not in (*graph.inputs, *graph.optional):
-                self._say((*place, "in", key), f"{phase.graph} has no input {key!r}", did_you_mean(key, (*graph.inputs, *graph.optional)))
-            producer, dot, output = source.partition(".")
-            if not dot and source not in known:
-                self._say((*place, "in", key), f"the data has no key {source!r}", did_you_mean(source, known))
-            elif dot and producer not in seen:
-                hint = did_you_mean(producer, seen) or "a phase reads outputs of phases above it only"
-                self._say((*place, "in", key), f"no phase {producer!r} runs before {phase.name!r}", hint)
-            elif dot:
-                section, before = seen[producer]
-                if before is not None and output not in before.outputs:
-                    self._say((*place, "in", key), f"the phase {producer!r} has no output {output!r}", did_you_mean(output, before.outputs))
-                if phase.every % section.every:
-                    message = f"{phase.name!r} runs on steps on which {producer!r} does not, and so cannot read its outputs"
-                    self._say((*place, "in", key), message, f"make `every` a multiple of {section.every}")
-        for key in graph.inputs:
-            if key not in phase.in_ and key not in known:
-                self._say((*place, "graph"), f"{phase.graph} needs the input {key!r}, which neither the data nor the runner gives", did_you_mean(key, known))

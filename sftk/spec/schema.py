@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 import attrs
 
 from sftk.functional.attention import Backend
 from sftk.models.config import PRESETS, WanConfig, preset
+
+PLAIN_NAME = re.compile(r"[\w-]+", re.ASCII)
+"""What phases, stages and roles may be called: they become file names, metric names and parts of overrides."""
 
 
 def at_least(least: float):
@@ -19,6 +23,11 @@ def at_least(least: float):
                 raise ValueError(f"{attribute.name.rstrip('_')} must be at least {least:g}, found {number}")
 
     return check
+
+
+def _plain_name(instance: Any, attribute: Any, value: str) -> None:
+    if not PLAIN_NAME.fullmatch(value):
+        raise ValueError(f"a name is made of letters, digits, '-' and '_', found {value!r}")
 
 
 def _share(instance: Any, attribute: Any, value: float) -> None:
@@ -98,7 +107,7 @@ class PhaseSection:
     earlier phase. `models` binds the graph's roles to the recipe's. `log` names further outputs to write down.
     """
 
-    name: str
+    name: str = attrs.field(validator=_plain_name)
     graph: str
     update: str | tuple[str, ...]
     every: int = attrs.field(default=1, validator=at_least(1))
@@ -210,7 +219,7 @@ class Recipe:
 class StageSection:
     """One stage of a recipe with `stages`: another recipe and overrides of it (`key.path: value`)."""
 
-    name: str
+    name: str = attrs.field(validator=_plain_name)
     recipe: str
     with_: dict[str, Any] = attrs.field(factory=dict)
 

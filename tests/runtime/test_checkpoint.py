@@ -13,7 +13,9 @@ from sftk.runtime.checkpoint import checkpoint_step, last_checkpoint, list_check
 def save(folder, step, value=1.0, keep=2):
     model = nn.Linear(2, 1)
     nn.init.constant_(model.weight, value)
-    return save_checkpoint(folder, step, {"generator": model}, {"step": step, "tensor": torch.ones(3), "deep": [{"a": 1.5}]}, keep)
+    return save_checkpoint(
+        folder, step, {"generator": model}, {"step": step, "tensor": torch.ones(3), "deep": [{"a": 1.5}]}, keep
+    )
 
 
 def test_round_trip(tmp_path):
@@ -70,7 +72,7 @@ def test_the_same_step_twice_keeps_the_newer(tmp_path):
 
 def test_what_is_broken_is_named(tmp_path):
     path = save(tmp_path, 3)
-    with pytest.raises(CheckpointError, match="no weight file .*critic.safetensors"):
+    with pytest.raises(CheckpointError, match=r"no weight file .*critic.safetensors"):
         load_checkpoint(path, {"critic": nn.Linear(2, 1)})
     with pytest.raises(CheckpointError, match=r"shape of weight: the file has \[1, 2\], the model \[1, 3\]"):
         load_checkpoint(path, {"generator": nn.Linear(3, 1)})

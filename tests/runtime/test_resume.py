@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from sftk.errors import NonFiniteError
 from sftk.runtime.checkpoint import last_checkpoint, list_checkpoints
+from sftk.runtime.meter import Meter
 from sftk.runtime.stage import Interrupted, catch_signals
 
 NAMES = {"fake_score", "generator", "generator.ema"}
@@ -197,7 +198,9 @@ track: {tensorboard: false}
 def staged(tiny, tmp_path, tiny_weights):
     size = tiny().read_text().split("generator: {size: ")[1].split(", weights")[0]
     for name, graph in (("teacher", "flow_matching"), ("init", "teacher_forcing")):
-        (tmp_path / f"{name}.yaml").write_text(PLAIN.replace("SIZE", size).replace("NAME", name).replace("GRAPH", graph).replace("FOLDER", str(tiny_weights)))
+        (tmp_path / f"{name}.yaml").write_text(
+            PLAIN.replace("SIZE", size).replace("NAME", name).replace("GRAPH", graph).replace("FOLDER", str(tiny_weights))
+        )
     (tmp_path / "all.yaml").write_text(STAGES)
     return tmp_path / "all.yaml"
 
@@ -207,7 +210,10 @@ def test_stages_hand_on_their_averages_and_resume_in_the_middle(staged, train, m
     whole = train(staged, *overrides, to="whole")
     order = [(row["stage"], row["step"]) for row in rows(whole)]
     assert order == [("teacher", 1), ("teacher", 2), ("init", 1), ("init", 2), ("init", 3), ("dmd", 1), ("dmd", 2)]
-    teacher, real = weights(whole, "teacher"), load_file(whole.checkpoints("teacher") / "step_00000002" / "denoiser.ema.safetensors")
+    teacher, real = (
+        weights(whole, "teacher"),
+        load_file(whole.checkpoints("teacher") / "step_00000002" / "denoiser.ema.safetensors"),
+    )
     assert_same({"denoiser.ema": real}, {"denoiser.ema": teacher["denoiser.ema"]})
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2)
@@ -274,7 +280,9 @@ def test_nan_names_step_phase_key_and_checkpoint(staged, train, tmp_path, per_ra
     (tmp_path / "nan.yaml").write_text(NAN_GRAPH)
     text = (tmp_path / "teacher.yaml").read_text().replace("specs/flow_matching.yaml", f"nan.yaml, with: {{sample: {sample}}}")
     recipe = tmp_path / "bad.yaml"
-    recipe.write_text(text.replace("global: 2", f"global: 2, per_rank: {per_rank}").replace("version: 1", "version: 1\nplugins: [poison.py]"))
+    recipe.write_text(
+        text.replace("global: 2", f"global: 2, per_rank: {per_rank}").replace("version: 1", "version: 1\nplugins: [poison.py]")
+    )
     with pytest.raises(NonFiniteError) as caught:
         train(recipe, "train.steps=9", "checkpoint.every=2")
     last = tmp_path / "run" / "checkpoints" / "bad" / "step_00000002"
@@ -300,3 +308,14 @@ def test_nan_in_a_process_of_its_own(staged, command, tmp_path):
     assert error.startswith("error: teacher/loss is not finite at step 1 of stage 'bad', phase 'teacher'")
     assert error.rstrip().endswith("no checkpoint was saved before")
     assert "Traceback" not in error
+
+
+@pytest.mark.usefixtures("temporary_transforms")
+def test_nan_that_is_read_a_step_late_as_on_a_gpu(staged, train, tmp_path, monkeypatch):
+    monkeypatch.setattr("sftk.runtime.stage.Meter", lambda device: Meter(torch.device("cuda")))
+    (tmp_path / "poison.py").write_text(PLUGIN)
+    (tmp_path / "nan.yaml").write_text(NAN_GRAPH)
+    text = (tmp_path / "teacher.yaml").read_text().replace("specs/flow_matching.yaml", "nan.yaml")
+    (tmp_path / "bad.yaml").write_text(text.replace("version: 1", "version: 1\nplugins: [poison.py]"))
+    with pytest.raises(NonFiniteError, match=r"at step 4 of .*; first seen in 'noise', written by 'poison'; .*step_00000003$"):
+        train(tmp_path / "bad.yaml", "train.steps=9", "checkpoint.every=3")

@@ -41,7 +41,9 @@ def test_every_updates_the_named_roles_only(tiny):
         moved = {role for role, module in built.modules.items() if changed(before[role], module)}
         runs = index % 2 == 0
         assert moved == ({"generator", "fake_score"} if runs else {"fake_score"})
-        wanted = {"critic/loss", "critic/grad_norm"} | ({f"generator/{n}" for n in ("loss", "grad_norm", "gradient_norm")} if runs else set())
+        wanted = {"critic/loss", "critic/grad_norm"} | (
+            {f"generator/{n}" for n in ("loss", "grad_norm", "gradient_norm")} if runs else set()
+        )
         assert metrics.keys() == wanted
         assert all(value.isfinite() and value.shape == () for value in metrics.values())
         assert all(parameter.grad is None for module in built.modules.values() for parameter in module.parameters())
@@ -186,7 +188,7 @@ def test_what_it_reads_is_checked(shared):
 
 
 def test_a_reader_gets_noise_though_its_producer_takes_none(shared, tmp_path):
-    path, passed = shared
+    path, _ = shared
     gives = GIVES.replace("inputs: [noise, prompt_embeds, key]", "inputs: [frames, prompt_embeds, key]")
     gives = gives.replace("    models: {denoiser: generator}\n", "    models: {denoiser: generator}\n    in: {noise: frames}\n")
     (tmp_path / "gives.yaml").write_text(gives)
@@ -197,7 +199,10 @@ def test_a_reader_gets_noise_though_its_producer_takes_none(shared, tmp_path):
 
 
 def test_a_role_bound_to_another_and_to_an_average(tiny):
-    built, step = make(tiny("  real_score: {size: SIZE, weights: FOLDER/teacher.safetensors}\n", "  teacher: {ema_of: generator}\n"), "phases.0.models={real_score: teacher}")
+    built, step = make(
+        tiny("  real_score: {size: SIZE, weights: FOLDER/teacher.safetensors}\n", "  teacher: {ema_of: generator}\n"),
+        "phases.0.models={real_score: teacher}",
+    )
     assert built.ports["teacher"].module is built.emas["generator"].module
     before = state(built.modules["generator"])
     assert step(0)["generator/loss"].isfinite()
@@ -219,7 +224,9 @@ def test_precisions_give_close_losses_and_fp32_weights(tiny, precision):
     for index in range(2):
         found, wanted = step(index), reference(index)
         assert all(torch.isfinite(value) for value in found.values())
-        assert found["critic/loss"].item() == pytest.approx(wanted["critic/loss"].item(), rel=0.05 if precision == "bf16" else 0)
+        assert found["critic/loss"].item() == pytest.approx(
+            wanted["critic/loss"].item(), rel=0.05 if precision == "bf16" else 0
+        )
     assert {parameter.dtype for module in built.modules.values() for parameter in module.parameters()} == {torch.float32}
 
 
@@ -237,7 +244,11 @@ def test_recent_inputs_are_those_of_two_steps(tiny):
     _, step = make(tiny(), "batch.per_rank=1")
     for index in range(3):
         step(index)
-    assert {place: len(found) for place, found in step.recent.items()} == {(1, "critic"): 2, (2, "generator"): 2, (2, "critic"): 2}
+    assert {place: len(found) for place, found in step.recent.items()} == {
+        (1, "critic"): 2,
+        (2, "generator"): 2,
+        (2, "critic"): 2,
+    }
 
 
 def test_frozen_roles_take_no_gradient(tiny):
@@ -245,4 +256,6 @@ def test_frozen_roles_take_no_gradient(tiny):
     step(0)
     on = {role: {parameter.requires_grad for parameter in module.parameters()} for role, module in built.modules.items()}
     assert on == {"generator": {False}, "real_score": {False}, "fake_score": {True}}
-    assert not any(itertools.chain.from_iterable([p.requires_grad for p in ema.module.parameters()] for ema in built.emas.values()))
+    assert not any(
+        itertools.chain.from_iterable([p.requires_grad for p in ema.module.parameters()] for ema in built.emas.values())
+    )

@@ -58,7 +58,10 @@ def test_a_spec_is_the_graph_written_in_python(small):
 
 def test_a_parameter_may_stand_for_another(small):
     assert spec_params(small) == {"name": "noise", "source": "$name"}
-    names = [load_graph(small, bound).nodes[0].options["name"] for bound in ({}, {"name": "a"}, {"source": "b"}, {"name": "a", "source": "b"})]
+    names = [
+        load_graph(small, bound).nodes[0].options["name"]
+        for bound in ({}, {"name": "a"}, {"source": "b"}, {"name": "a", "source": "b"})
+    ]
     assert names == ["noise", "a", "b", "b"]
 
 
@@ -78,7 +81,9 @@ def test_parameters_from_python_are_blamed_by_name(small):
 
 def test_frames_are_checked_where_they_are_known():
     assert load_graph("specs/rollout.yaml", {"frames_per_block": 4}).outputs[0] == "x0"
-    with pytest.raises(SpecError, match=r"21 frames do not divide into blocks of 4; take 20 or 24 frames @ \$.frames_per_block"):
+    with pytest.raises(
+        SpecError, match=r"21 frames do not divide into blocks of 4; take 20 or 24 frames @ \$.frames_per_block"
+    ):
         load_graph("specs/rollout.yaml", {"frames_per_block": 4}, frames=21)
 
 

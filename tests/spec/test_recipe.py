@@ -63,7 +63,10 @@ def compare(output, wanted):
     left = [*lines]
     absent = []
     for path, place, message in wanted:
-        hit = next((line for line in left if SHOWN.search(line) and SHOWN.search(line).groups() == (path, place) and message in line), None)
+        hit = next(
+            (line for line in left if SHOWN.search(line) and SHOWN.search(line).groups() == (path, place) and message in line),
+            None,
+        )
         if hit is None:
             absent.append((path, place, message))
         else:
@@ -138,10 +141,13 @@ def test_files_that_are_no_recipe(name, problem, monkeypatch, tmp_path):
 
 
 def test_overrides_reach_the_recipe_in_order():
-    (stage,) = load_recipe("recipes/dmd.yaml", ["phases.critic.every=3", "phases[0].clip=null", "seed=1", "seed=2", "checkpoint.keep=9"])
+    (stage,) = load_recipe(
+        "recipes/dmd.yaml", ["phases.critic.every=3", "phases[0].clip=null", "seed=1", "seed=2", "checkpoint.keep=9"]
+    )
     assert (stage.recipe.phases[1].every, stage.recipe.phases[0].clip, stage.recipe.seed) == (3, None, 2)
-    assert (stage.recipe.checkpoint.keep, stage.recipe.checkpoint.every) == (9, 50)
-    assert stage.recipe.batch.global_ == 16
+    (plain,) = load_recipe("recipes/dmd.yaml")
+    assert (stage.recipe.checkpoint.keep, stage.recipe.checkpoint.every) == (9, plain.recipe.checkpoint.every)
+    assert stage.recipe.batch == plain.recipe.batch
 
 
 def test_compat_sets_defaults_and_what_a_recipe_binds_wins():
@@ -149,7 +155,12 @@ def test_compat_sets_defaults_and_what_a_recipe_binds_wins():
         (stage,) = load_recipe("recipes/dmd.yaml", ["compat=self_forcing", *more])
         rollout = next(node.op for node in stage.graphs["generator"].nodes if node.op.name == "rollout")
         scores = [node.options for node in stage.graphs["generator"].nodes if node.op.name == "predict_x0_cfg"]
-        inner = {name: value for fold in rollout.nodes for node in getattr(fold.op, "nodes", ()) for name, value in node.options.items()}
+        inner = {
+            name: value
+            for fold in rollout.nodes
+            for node in getattr(fold.op, "nodes", ())
+            for name, value in node.options.items()
+        }
         return inner["context_gradient"], scores[0]["shift"], scores[0]["schedule"]
 
     assert options() == ("straight_through", 8.0, "table")

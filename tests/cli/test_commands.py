@@ -1,0 +1,289 @@
+"""The commands on the shipped recipe, made small: what they write, print and return."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import av
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import sftk
+from sftk.cli import main
+from sftk.spec.recipe import load_recipe
+
+SMALL = (
+    "train.steps=2",
+    "batch.global=2",
+    "checkpoint.every=1",
+    "phases.generator.every=2",
+    "eval.with.clips=4",
+    "eval.with.batch=4",
+    "eval.with.late_frames=24",
+    "eval.with.sample_prompts=2",
+    "eval.with.teacher_sampling.steps=2",
+)
+METRICS = {"digit_accuracy", "direction_accuracy", "frechet"}
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A small run of `recipes/dmd.yaml` from an empty working directory: its folder and what was printed."""
+    here, before = tmp_path_factory.mktemp("cwd"), os.getcwd()
+    os.chdir(here)
+    try:
+        result = invoke("run", "recipes/dmd.yaml", *SMALL)
+    finally:
+        os.chdir(before)
+    assert result.exit_code == 0, (result.output, result.exception)
+    (run,) = (here / "runs" / "dmd").iterdir()
+    return run, result.output
+
+
+def test_the_run_is_named_by_recipe_and_time(finished):
+    run, output = finished
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", run.name)
+    assert output.rstrip().endswith(f"finished: runs/dmd/{run.name}/report.html")
+    assert {path.name for path in run.iterdir()} >= {
+        "checkpoints", "metrics.jsonl", "recipe.yaml", "report.html", "samples", "summary.json", "tensorboard",
+    }  # fmt: skip
+
+
+def test_the_resolved_recipe_gives_the_same_run(finished, monkeypatch, tmp_path):
+    run, _ = finished
+    monkeypatch.chdir(tmp_path)
+    (again,), (first,) = load_recipe(run / "recipe.yaml"), load_recipe("recipes/dmd.yaml", SMALL)
+    assert again.recipe == first.recipe
+    result = invoke("run", run / "recipe.yaml", "eval.enabled=false", "--run-dir", "again")
+    assert result.exit_code == 0, result.output
+    rows = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (run, tmp_path / "again")
+    ]
+    assert [row | {"stage": ""} for row in rows[0]] == [row | {"stage": ""} for row in rows[1]]
+
+
+def test_metrics(finished):
+    run, _ = finished
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["step"]) for row in rows] == [("dmd", 1), ("dmd", 2)]
+    critic, generator = (
+        {"critic/loss", "critic/grad_norm"},
+        {"generator/loss", "generator/grad_norm", "generator/gradient_norm"},
+    )
+    assert [set(row) - {"stage", "step"} for row in rows] == [critic | generator, critic]
+    assert all(0 < row["critic/loss"] < 10 for row in rows)
+
+
+def test_summary(finished):
+    run, _ = finished
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["recipe"], summary["seed"], summary["steps"], summary["sftk"]) == ("dmd", 0, {"dmd": 2}, sftk.__version__)
+    for name in ("real", "teacher", "student_before", "student_after"):
+        row = summary[name]
+        assert row.keys() >= METRICS
+        assert 0 <= row["digit_accuracy"] <= 1
+        if name != "teacher":
+            assert row["late"].keys() >= METRICS
+    assert "late" not in summary["teacher"]
+    assert summary["evaluation"]["clips"] == 4
+    assert summary["seconds"].keys() >= {"train dmd", "evaluate"}
+
+
+def test_tensorboard(finished):
+    run, _ = finished
+    events = EventAccumulator(str(run / "tensorboard" / "dmd"))
+    events.Reload()
+    assert {event.step for event in events.Scalars("critic/loss")} == {1, 2}
+    assert [event.step for event in events.Scalars("generator/loss")] == [1]
+    assert set(events.Tags()["images"]) == {"samples/student", "samples/teacher"}
+
+
+def test_samples_and_report(finished):
+    run, _ = finished
+    with Image.open(run / "samples" / "side_by_side.gif") as gif:
+        assert gif.n_frames == 21
+    with av.open(str(run / "samples" / "side_by_side.mp4")) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 21
+    with Image.open(run / "samples" / "contact_sheet.png") as sheet:
+        assert min(sheet.size) > 100
+    report = (run / "report.html").read_text()
+    assert "data:image/gif;base64," in report or "data:video/mp4;base64," in report
+    assert "http://" not in report.replace("http://www.w3.org", "")
+
+
+def test_checkpoints(finished):
+    run, _ = finished
+    folders = sorted((run / "checkpoints" / "dmd").iterdir())
+    assert [folder.name for folder in folders] == ["step_00000001", "step_00000002"]
+    files = {"fake_score.safetensors", "generator.ema.safetensors", "generator.safetensors", "training.pt"}
+    assert {path.name for path in folders[-1].iterdir()} == files
+    weights = load_file(folders[-1] / "generator.safetensors")
+    assert sum(tensor.numel() for tensor in weights.values()) > 600_000
+    assert torch.load(folders[-1] / "training.pt", weights_only=True)["step"] == 2
+
+
+@pytest.mark.parametrize("frames", [21, 6])
+def test_sample_writes_a_video(finished, tmp_path, frames):
+    run, _ = finished
+    options = () if frames == 21 else ("--frames", frames)
+    result = invoke("sample", run, "--prompt", "a 3 moving left", "--out", tmp_path / "deep" / "out.mp4", *options)
+    assert result.exit_code == 0, result.output
+    assert f"a 3 moving left ({frames} frames, seed 0, " in result.output
+    assert "generator.ema.safetensors" in result.output
+    with av.open(str(tmp_path / "deep" / "out.mp4")) as video:
+        decoded = [frame.to_ndarray(format="gray") for frame in video.decode(video=0)]
+    assert len(decoded) == frames
+    assert max(frame.max() for frame in decoded) > 150
+
+
+def test_sample_several_prompts_seeds_and_formats(finished, tmp_path):
+    run, _ = finished
+    prompts = ("--prompt", "a 3 moving left", "--prompt", "an 8 moving up")
+    short = ("--frames", 3)
+    checkpoint = run / "checkpoints" / "dmd" / "step_00000001"
+    result = invoke("sample", checkpoint, *prompts[:2], "--prompt", "a 8 moving up", "--out", tmp_path / "v.gif", *short)
+    assert result.exit_code == 0, result.output
+    assert "step_00000001" in result.output
+    with Image.open(tmp_path / "v_1.gif") as gif:
+        assert gif.n_frames == 3
+    one = checkpoint / "generator.safetensors"
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert invoke("sample", one, *prompts[:2], "--out", tmp_path / f"{name}.png", "--seed", seed, *short).exit_code == 0
+    same, again, other = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert same == again
+    assert same != other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("sample", "nowhere", "--prompt", "x"), 1, "error: no such checkpoint nowhere; expected a run's folder"),
+        (("sample", "RUN", "--prompt", "a 3 moving left", "--out", "x.avi"), 1, "error: cannot write 'x.avi'"),
+        (("sample", "RUN", "--prompt", "a 3 moving left", "--frames", "4"), 1, "4 frames do not divide into blocks of 3"),
+        (("sample", "RUN", "--prompt", "a cat"), 1, "error: "),
+        (("sample", "RUN", "--prompt", "a 3 moving left", "--role", "generatr"), 1, "did you mean 'generator'?"),
+        (("sample", "RUN"), 2, "Missing option '--prompt'"),
+        (("export", "RUN", "x.safetensors", "--dtype", "int4"), 2, "'int4' is not one of"),
+        (
+            ("run", "recipes/dmd.yaml", "--run-dir", "RUN"),
+            1,
+            "holds a run already; add --resume to go on with it, or take another --run-dir",
+        ),
+        (("run", "recipes/dmd.yaml", "train.steps=two", "--run-dir", "x"), 2, "$.train.steps (override 'train.steps=two')"),
+        (("show", "recipes/dmd.yaml", "--phase", "critc"), 2, "has no phase 'critc'; did you mean 'critic'?"),
+        (("train",), 2, "No such command 'train'"),
+    ],
+)
+def test_mistakes_end_with_a_message(finished, monkeypatch, tmp_path, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*(finished[0] if argument == "RUN" else argument for argument in arguments))
+    assert result.exit_code == code, (result.output, result.exception)
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export(finished, tmp_path):
+    run, _ = finished
+    result = invoke("export", run, tmp_path / "out" / "student.safetensors", "--dtype", "bf16")
+    assert result.exit_code == 0, result.output
+    exported = load_file(tmp_path / "out" / "student.safetensors")
+    average = load_file(run / "checkpoints" / "dmd" / "step_00000002" / "generator.ema.safetensors")
+    assert exported.keys() == average.keys()
+    assert all(torch.equal(exported[name], tensor.bfloat16()) for name, tensor in average.items())
+    critic = invoke("export", run, tmp_path / "critic.safetensors", "--role", "fake_score")
+    assert critic.exit_code == 0
+    wanted = load_file(run / "checkpoints" / "dmd" / "step_00000002" / "fake_score.safetensors")
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in load_file(tmp_path / "critic.safetensors").items())
+
+
+def test_without_an_evaluation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(
+        "run",
+        "recipes/dmd.yaml",
+        "train.steps=1",
+        "batch.global=1",
+        "eval.enabled=false",
+        "track.tensorboard=false",
+        "--run-dir",
+        "here",
+    )
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "here" / "summary.json").read_text())
+    assert not {"real", "teacher", "student_before", "student_after"} & summary.keys()
+    assert not (tmp_path / "here" / "samples").exists()
+    assert not (tmp_path / "here" / "tensorboard").exists()
+    assert (tmp_path / "here" / "report.html").is_file()
+
+
+def test_show(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("show", "recipes/dmd.yaml")
+    assert result.exit_code == 0
+    assert [line for line in result.output.splitlines() if line in ("generator", "critic")] == ["generator", "critic"]
+    assert "dmd_gradient" in result.output
+    only = invoke("show", "recipes/dmd.yaml", "--phase", "critic", "--mermaid").output
+    assert only.startswith("%% critic\nflowchart")
+    assert "dmd_gradient" not in only
+    assert "plan_rollout" in invoke("show", "specs/rollout.yaml").output
+
+
+def test_help_and_version():
+    assert invoke("--version").output == f"sftk, version {sftk.__version__}\n"
+    help_text = invoke("--help").output
+    for name in ("run", "check", "show", "sample", "export"):
+        assert re.search(rf"^  {name} +\S", help_text, re.MULTILINE)
+        result = invoke(name, "-h")
+        assert result.exit_code == 0
+        assert result.output.startswith(f"Usage: main {name} ")
+
+
+def test_in_a_process_of_its_own(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "sftk",
+        "run",
+        "recipes/dmd.yaml",
+        "train.steps=1",
+        "batch.global=1",
+        "eval.enabled=false",
+        "--run-dir",
+        "here",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert (tmp_path / "here" / "report.html").is_file()
+
+
+def test_ctrl_c_outside_training_is_130_too(monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sftk.runtime.run.load_recipe", interrupt)
+    result = invoke("run", "recipes/dmd.yaml")
+    assert result.exit_code == 130
+    assert "stopped by SIGINT" in result.output
