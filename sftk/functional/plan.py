@@ -115,6 +115,7 @@ def plan_rollout(
     same_step_across_blocks: bool = True,
     last_step_only: bool = False,
     grad_frames: int | None = None,
+    output_frames: int | None = None,
     name: str = "exit",
 ):
     """Plans a self-forcing rollout.
@@ -130,13 +131,14 @@ def plan_rollout(
         same_step_across_blocks: one exit step for all blocks, else one drawn for each.
         last_step_only: every block goes through all steps (inference).
         grad_frames: only blocks that start within the last so many frames carry gradient; None is all.
+        output_frames: how many of the last frames are judged (see `join_blocks`); None is all. Only they can carry gradient.
         name: tells draws of one step apart.
 
     Returns:
         blocks: tuple of `Block`, generated ones. given_blocks: those of the initial latents.
         exit_from, exit_to: unshifted timesteps of the exit step and of the one after it (0 after the last), for
         `draw_timestep`; None when blocks exit at different steps.
-        gradient_mask: [B, F0 + F] bool, generated frames that carry gradient.
+        gradient_mask: [B, F0 + F] bool (the last `output_frames` of it), generated frames that carry gradient.
 
     Raises:
         ShapeError: frames do not divide into blocks, or steps do not descend.
@@ -152,7 +154,8 @@ def plan_rollout(
     given = 0 if initial_latents is None else initial_latents.shape[1]
     lengths = split_blocks(noise.shape[1], frames_per_block, independent_first_frame and not given)
     total = given + noise.shape[1]
-    grad_from = 0 if grad_frames is None else total - grad_frames
+    kept = total if output_frames is None else min(output_frames, total)
+    grad_from = max(total - kept, 0 if grad_frames is None else total - grad_frames)
     if last_step_only:
         exits = (len(entries) - 1,) * len(lengths)
     else:
@@ -179,7 +182,7 @@ def plan_rollout(
     exit_from = raw[exits[0]] if same else None
     exit_to = (raw[exits[0] + 1] if exits[0] + 1 < len(raw) else 0.0) if same else None
     flags = [False] * given + [block.grad for block in blocks for _ in range(block.frames)]
-    gradient_mask = torch.tensor(flags, device=noise.device).expand(noise.shape[0], -1)
+    gradient_mask = torch.tensor(flags[total - kept :], device=noise.device).expand(noise.shape[0], -1)
     return tuple(blocks), given_blocks, exit_from, exit_to, gradient_mask
 
 

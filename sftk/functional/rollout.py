@@ -338,26 +338,35 @@ def commit_given(
         return caches.append(cache, _context_kv(denoiser, latents, 0.0, cache, block, prompt_embeds), block.positions)
 
 
+def _join_check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str, str]]:
+    if options["output_frames"] is not None and options["output_frames"] < 1:
+        yield "output_frames", f"at least 1 frame is judged, found {options['output_frames']}"
+
+
 @transform(
     out="x0",
     kind="per_sample",
     example=lambda batch, randn: {"x0_blocks": tuple(randn(batch, 3, 4, 2, 2) for _ in range(2))},
+    check=_join_check,
 )
-def join_blocks(x0_blocks: tuple[Tensor, ...], initial_latents: Tensor | None = None):
-    """The blocks of a rollout as one tensor, given frames first.
+def join_blocks(x0_blocks: tuple[Tensor, ...], initial_latents: Tensor | None = None, *, output_frames: int | None = None):
+    """The blocks of a rollout as one tensor, given frames first, or only its last frames.
 
     Args:
         x0_blocks: [B, F_i, C, H, W] each.
         initial_latents: [B, F0, C, H, W].
+        output_frames: how many of the last frames to return, so that scores judge a window of a longer rollout; None is all.
 
     Returns:
-        x0: [B, F0 + sum F_i, C, H, W].
+        x0: [B, F0 + sum F_i, C, H, W], or [B, output_frames, C, H, W].
 
     Example:
-        >>> join_blocks((torch.zeros(1, 3, 1), torch.ones(1, 3, 1))).shape
-        torch.Size([1, 6, 1])
+        >>> blocks = (torch.zeros(1, 3, 1), torch.ones(1, 3, 1))
+        >>> join_blocks(blocks).shape, join_blocks(blocks, output_frames=3).mean()
+        (torch.Size([1, 6, 1]), tensor(1.))
     """
-    return torch.cat([*(() if initial_latents is None else (initial_latents,)), *x0_blocks], dim=1)
+    joined = torch.cat([*(() if initial_latents is None else (initial_latents,)), *x0_blocks], dim=1)
+    return joined if output_frames is None else joined[:, -output_frames:]
 
 
 def _context_kv(denoiser: Denoiser, latents: Tensor, timestep: float, cache: KVCache, block: Block, prompt_embeds: Tensor):

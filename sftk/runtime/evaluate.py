@@ -37,6 +37,7 @@ class DigitsEvaluation:
 
     Args:
         student, teacher: roles; null leaves them out.
+        frames: length of every window that is judged; by default that of the recipe's latents.
         clips: how many are sampled, with prompts over all digits and directions.
         late_frames: length of the long rollout, whose last window is judged too; null leaves it out.
         batch: clips in one pass.
@@ -47,6 +48,7 @@ class DigitsEvaluation:
 
     student: str | None = None
     teacher: str | None = None
+    frames: int | None = attrs.field(default=None, validator=at_least(1))
     clips: int = attrs.field(default=400, validator=at_least(1))
     late_frames: int | None = attrs.field(default=63, validator=at_least(1))
     batch: int = attrs.field(default=50, validator=at_least(1))
@@ -57,6 +59,7 @@ class DigitsEvaluation:
 
     def problems(self, frames: int) -> Iterator[tuple[tuple[str | int, ...], str, str | None]]:
         """What is wrong with how student and teacher sample clips of `frames` frames: (path, message, hint)."""
+        frames = self.frames or frames
         if self.student is not None:
             for problem in sampling_problems("specs/rollout.yaml", self.student_sampling, frames):
                 yield ("student_sampling", *problem.path), problem.message, problem.hint
@@ -87,13 +90,16 @@ class DigitsEvaluator:
 
     Args:
         options: what is judged.
-        frames: length of a training clip, and of every window that is judged.
+        frames: length of a training clip, and of every window that is judged unless the options say another.
         device: where sampling runs.
     """
 
     options: DigitsEvaluation
     frames: int
     device: torch.device
+
+    def __attrs_post_init__(self) -> None:
+        self.frames = self.options.frames or self.frames
 
     @property
     def _shape(self) -> tuple[int, int, int]:
