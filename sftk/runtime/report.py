@@ -182,7 +182,10 @@ def _facts(facts: Mapping[str, Any]) -> str:
     ordered = [name for name in _FACTS if name in facts] + [name for name in facts if name not in _FACTS]
     items = []
     for name in ordered:
-        text = _fact(facts[name], seconds=name == "seconds")
+        value = facts[name]
+        if name == "evaluation" and isinstance(value, dict):  # its nested options stand in the recipe below
+            value = {key: item for key, item in value.items() if item is not None and not isinstance(item, dict)}
+        text = _fact(value, seconds=name == "seconds")
         wide = ' class="wide"' if len(text) > 24 else ""
         items.append(f"<div{wide}><dt>{escape(_NAMES.get(name, _words(name)))}</dt><dd>{escape(text)}</dd></div>")
     return f'<dl class="facts">{"".join(items)}</dl>' if items else ""
