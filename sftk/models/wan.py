@@ -96,7 +96,7 @@ class WanModel(nn.Module):
         """
         frames, height, width = self._check(latents, timestep, prompt_embeds, cache, layout)
         x = self._embed_patches(latents)
-        time = self.time_embedding(sinusoidal_embedding(timestep, self.config.freq_dim).to(self._dtype(latents)))
+        time = self.time_embedding(sinusoidal_embedding(timestep, self.config.freq_dim).to(self._dtype))
         modulation = upcast(self.time_projection(time)).unflatten(-1, (6, -1))
         time = upcast(time)
         if timestep.dim() == 1:
@@ -138,7 +138,8 @@ class WanModel(nn.Module):
             raise ShapeError(f"a layout speaks of one pass's own frames; found one with a cache of {cache.frames} frames")
         return frames, height // config.patch_size[1], width // config.patch_size[2]
 
-    def _dtype(self, latents: Tensor) -> torch.dtype:
+    @property
+    def _dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype
 
     def _embed_patches(self, latents: Tensor) -> Tensor:
@@ -151,7 +152,7 @@ class WanModel(nn.Module):
     def _embed_text(self, prompt_embeds: Tensor) -> Tensor:
         missing = self.config.text_len - prompt_embeds.shape[1]
         padded = F.pad(prompt_embeds, (0, 0, 0, missing)) if missing else prompt_embeds
-        return self.text_embedding(padded.to(self._dtype(prompt_embeds)))
+        return self.text_embedding(padded.to(self._dtype))
 
     def _unpatch(self, x: Tensor, frames: int, height: int, width: int) -> Tensor:
         _, ph, pw = self.config.patch_size

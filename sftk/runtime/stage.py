@@ -102,10 +102,6 @@ class StageRun:
         }
         return save_checkpoint(self.folder, self.step, self._saved_modules(), training, self.stage.recipe.checkpoint.keep)
 
-    def weight_files(self) -> dict[str, Path]:
-        """`<stage>/<role>` to the file that a later stage takes: the average where one is kept."""
-        return saved_weights(self.stage, self.folder)
-
     def _saved_modules(self) -> dict[str, Any]:
         updated = {role for phase in self.stage.recipe.phases for role in phase.roles}
         modules = {role: self.built.modules[role] for role in sorted(updated)}
