@@ -1,7 +1,8 @@
 """Transforms, graphs, the registry, states and geometry."""
 
+from sftk.core.fold import Fold
 from sftk.core.geometry import LatentShape, split_blocks
-from sftk.core.graph import Fold, Graph
+from sftk.core.graph import Graph
 from sftk.core.registry import lookup, transforms
 from sftk.core.state import from_state, to_state
 from sftk.core.transform import FunctionTransform, Node, Transform, transform

@@ -11,7 +11,7 @@ from sftk.core.transform import FunctionTransform, Node
 from sftk.errors import Problem, did_you_mean
 
 if TYPE_CHECKING:
-    from sftk.core.graph import Fold
+    from sftk.core.fold import Fold
 
 
 def check_graph(

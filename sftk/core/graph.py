@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from tensordict import TensorDict
 
 from sftk.core import draw, registry
-from sftk.core.check import check_graph, free_keys
+from sftk.core.check import check_graph
+from sftk.core.closure import compile_step
 from sftk.core.state import from_state, to_state
-from sftk.core.transform import FunctionTransform, Kind, Node, Transform
+from sftk.core.transform import Kind, Node, Transform
 from sftk.errors import ShapeError, SpecError, did_you_mean
-
-Step = Callable[[dict[str, Any], Mapping[str, Any]], None]
 
 
 class Graph(Transform):
@@ -79,7 +77,7 @@ class Graph(Transform):
             raise SpecError(problems)
         self.outputs = tuple(written) if outputs is None else tuple(outputs)
         self.ports = tuple(dict.fromkeys(role for node in self.nodes for _, role in node.roles))
-        self._steps = tuple(_compile_step(node) for node in self.nodes)
+        self._steps = tuple(compile_step(node) for node in self.nodes)
 
     @classmethod
     def from_spec(cls, path: Any, **params: Any) -> Graph:
@@ -209,125 +207,3 @@ class Graph(Transform):
 
     def __repr__(self) -> str:
         return f"<graph {self.name}: {len(self.nodes)} nodes, {', '.join(self.inputs)} -> {', '.join(self.outputs)}>"
-
-
-class Fold(Transform):
-    """Runs a body once for each item of a host sequence, handing carried keys from one turn to the next.
-
-    Args:
-        body: the nodes of one turn. They see the enclosing graph's keys, the carried keys and the item.
-        over: key of the sequence (a tuple), written by an earlier node or given as an input.
-        item: key under which the body sees the current item.
-        carry: keys that a turn hands to the next. A list reads their first values under the same names; a mapping
-            `{body key: outer key}` says where each starts, and may so begin from a key that must not be bound again.
-        collect: body key to outer key; the outer key holds the tuple of that key's value in each turn.
-
-    Example:
-        >>> from sftk.core.transform import transform
-        >>> from sftk.core import registry
-        >>> @transform(out="total", kind="host")
-        ... def add_item(total, number):
-        ...     '''A running sum.'''
-        ...     return total + number
-        >>> fold = Fold([add_item], over="numbers", item="number", carry=("total",), collect={"total": "history"})
-        >>> Graph([fold], inputs=("numbers", "total"), rebind=("total",)).run({"numbers": (1, 2, 3), "total": 0}, {})
-        {'total': 6, 'history': (1, 3, 6)}
-        >>> registry.unregister("add_item")
-    """
-
-    kind: Kind = "reduced"
-
-    def __init__(
-        self,
-        body: Iterable[Transform | Node],
-        *,
-        over: str,
-        item: str,
-        carry: Sequence[str] | Mapping[str, str],
-        collect: Mapping[str, str] | None = None,
-        name: str = "fold",
-        doc: str = "",
-    ):
-        self.nodes = tuple(n if isinstance(n, Node) else n.node() for n in body)
-        self.over, self.item = over, item
-        self.carry = dict(carry) if isinstance(carry, Mapping) else {key: key for key in carry}
-        self.collect = dict(collect or {})
-        self.name, self.doc = name, doc
-        required, optional = free_keys(self.nodes, bound=(item, *self.carry))
-        self.inputs = tuple(dict.fromkeys((over, *self.carry.values(), *required)))
-        self.optional = tuple(key for key in optional if key not in self.inputs)
-        self.outputs = (*self.carry, *self.collect.values())
-        self.ports = tuple(dict.fromkeys(role for node in self.nodes for _, role in node.roles))
-        self._steps = tuple(_compile_step(node) for node in self.nodes)
-
-    def run(self, values: Mapping[str, Any], models: Mapping[str, Any]) -> dict[str, Any]:
-        state = dict(values) | {key: values[start] for key, start in self.carry.items()}
-        collected: dict[str, list[Any]] = {key: [] for key in self.collect}
-        for item in state[self.over]:
-            turn = state | {self.item: item}
-            for step in self._steps:
-                step(turn, models)
-            for key, found in collected.items():
-                found.append(turn[key])
-            state |= {key: turn[key] for key in self.carry}
-        result = {key: state[key] for key in self.carry}
-        return result | {self.collect[key]: tuple(found) for key, found in collected.items()}
-
-    def with_nodes(self, nodes: Iterable[Transform | Node]) -> Fold:
-        """The same fold over another body."""
-        return Fold(
-            nodes,
-            over=self.over,
-            item=self.item,
-            carry=self.carry,
-            collect=self.collect,
-            name=self.name,
-            doc=self.doc,
-        )
-
-    def __repr__(self) -> str:
-        return f"<fold over {self.over}: {len(self.nodes)} nodes, carry {', '.join(self.carry)}>"
-
-
-def _compile_step(node: Node) -> Step:
-    """A closure that runs one node on a graph's working dictionary, with every lookup that can be done once done."""
-    op, options = node.op, dict(node.options)
-    reads, may_read, results = node.reads, node.may_read, node.results
-    roles = node.roles
-    if isinstance(op, FunctionTransform):
-        fn, single = op.fn, len(op.outputs) == 1
-
-        def call(state: dict[str, Any], models: Mapping[str, Any]) -> None:
-            arguments = {a: state[key] for a, key in reads}
-            for a, key in may_read:
-                if key in state:
-                    arguments[a] = state[key]
-            for port, role in roles:
-                arguments[port] = models[role]
-            result = fn(**arguments, **options)
-            if single:
-                for _, key in results:
-                    state[key] = result
-            else:
-                named = op.pack(result)
-                for name, key in results:
-                    state[key] = named[name]
-    else:
-
-        def call(state: dict[str, Any], models: Mapping[str, Any]) -> None:
-            arguments = {a: state[key] for a, key in reads}
-            for a, key in may_read:
-                if key in state:
-                    arguments[a] = state[key]
-            named = op.run(arguments, {port: models[role] for port, role in roles})
-            for name, key in results:
-                state[key] = named[name]
-
-    if node.grad:
-        return call
-
-    def call_without_grad(state: dict[str, Any], models: Mapping[str, Any]) -> None:
-        with torch.no_grad():
-            call(state, models)
-
-    return call_without_grad

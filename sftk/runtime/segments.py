@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from sftk.core.graph import Fold, Graph
+from sftk.core.fold import Fold
+from sftk.core.graph import Graph
 from sftk.core.transform import FunctionTransform, Node, Transform
 
 

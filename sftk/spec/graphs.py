@@ -9,7 +9,8 @@ from typing import Any
 import attrs
 
 from sftk.core import registry
-from sftk.core.graph import Fold, Graph
+from sftk.core.fold import Fold
+from sftk.core.graph import Graph
 from sftk.core.transform import Node, Transform
 from sftk.errors import Problem, SpecError, did_you_mean
 from sftk.spec.convert import structure

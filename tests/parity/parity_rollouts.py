@@ -10,7 +10,7 @@ from parity_cases import Case
 from torch import Tensor
 
 from sftk import Graph
-from sftk.core.graph import Fold
+from sftk.core.fold import Fold
 from sftk.functional import (
     RecordedKey,
     begin_block,

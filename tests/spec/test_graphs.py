@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sftk.core.graph import Fold, Graph
+from sftk.core.fold import Fold
+from sftk.core.graph import Graph
 from sftk.errors import SpecError
 from sftk.functional import add_noise, draw_noise, flow_target
 from sftk.functional.keys import Key
