@@ -11,9 +11,9 @@ import torch
 import sftk
 from sftk.core.transform import FunctionTransform
 from sftk.functional.cache import KVCache, append
+from sftk.functional.context import window_context
 from sftk.functional.layout import Layout
 from sftk.functional.plan import Block, step_list
-from sftk.functional.rollout import window_context
 from sftk.functional.schedule import shift_sigma
 
 HERE = Path(__file__).parent

@@ -2,6 +2,7 @@
 
 from sftk.functional.attention import attention, available_backends
 from sftk.functional.cache import KVCache, append, window
+from sftk.functional.context import commit_context, commit_given, start_cache, window_context
 from sftk.functional.guidance import guide
 from sftk.functional.keys import Key, RecordedKey
 from sftk.functional.layout import Layout
@@ -17,17 +18,7 @@ from sftk.functional.noise import (
 )
 from sftk.functional.plan import Block, Step, plan_rollout
 from sftk.functional.predict import Denoiser, predict_flow, predict_flow_teacher_forced, predict_x0, predict_x0_cfg
-from sftk.functional.rollout import (
-    begin_block,
-    commit_context,
-    commit_given,
-    denoise_step,
-    exit_step,
-    join_blocks,
-    renoise,
-    start_cache,
-    window_context,
-)
+from sftk.functional.rollout import begin_block, denoise_step, exit_step, join_blocks, renoise
 from sftk.functional.sampling import crop_length, draw_noise, draw_timestep, drop_condition
 from sftk.functional.schedule import euler_step, shift_sigma, timestep_to_sigma, warp_steps
 from sftk.functional.solvers import ode_step, plan_ode

@@ -92,6 +92,24 @@ def timestep_to_sigma(timestep: Tensor, schedule: ScheduleName = "continuous", s
     return sigma_table(shift, device=timestep.device)[table_index(timestep, shift)].to(timestep.dtype)
 
 
+def frame_timesteps(latents: Tensor, timestep: float) -> Tensor:
+    """One timestep for every frame.
+
+    Args:
+        latents: [B, F, ...].
+        timestep: in [0, 1000].
+
+    Returns:
+        [B, F] on the latents' device, at least float32 whatever their dtype: bfloat16 cannot hold every timestep.
+
+    Example:
+        >>> frame_timesteps(torch.zeros(1, 2, 4, 2, 2, dtype=torch.bfloat16), 937.5)
+        tensor([[937.5000, 937.5000]])
+    """
+    dtype = torch.promote_types(latents.dtype, torch.float32)
+    return torch.full(latents.shape[:2], timestep, device=latents.device, dtype=dtype)
+
+
 def warp_steps(steps: Sequence[float], shift: float, warp: bool = True) -> tuple[float, ...]:
     """A step list on the shifted time axis: `1000 shift(t / 1000)` for each t, or the list as it stands.
 

@@ -12,7 +12,7 @@ from sftk.core.transform import transform
 from sftk.functional.guidance import guide
 from sftk.functional.plan import Step
 from sftk.functional.predict import Denoiser, toy_denoiser
-from sftk.functional.schedule import TIMESTEPS, euler_step, inference_timesteps
+from sftk.functional.schedule import TIMESTEPS, euler_step, frame_timesteps, inference_timesteps
 
 
 def _check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str, str]]:
@@ -71,9 +71,7 @@ def ode_step(
         torch.Size([1, 3, 4, 2, 2])
     """
     assert step.next_timestep is not None
-    timestep = torch.full(
-        noisy.shape[:2], step.timestep, device=noisy.device, dtype=torch.promote_types(noisy.dtype, torch.float32)
-    )
+    timestep = frame_timesteps(noisy, step.timestep)
     flow = denoiser(noisy, timestep, prompt_embeds)[0]
     if scale != 1.0:
         flow = guide(flow, denoiser(noisy, timestep, negative_embeds)[0], scale=scale)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sftk.errors import ShapeError
 from sftk.functional import euler_step, shift_sigma, timestep_to_sigma, warp_steps
 from sftk.functional.schedule import (
+    frame_timesteps,
     inference_timesteps,
     next_table_sigma,
     sigma_table,
@@ -111,3 +112,13 @@ def test_inference_timesteps_descend_from_1000(count, shift):
     assert times[0] == pytest.approx(1000)
     assert all(a > b > 0 for a, b in itertools.pairwise(times))
     assert [unshift_sigma(t / 1000, shift) for t in times] == pytest.approx([1 - i / count for i in range(count)])
+
+
+@pytest.mark.parametrize(
+    ("latents", "timestep"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_one_timestep_for_every_frame_keeps_its_precision(latents, timestep):
+    times = frame_timesteps(torch.zeros(2, 3, 4, 2, 2, dtype=latents), 937.5)
+    assert times.dtype == timestep
+    assert times.tolist() == [[937.5] * 3] * 2
