@@ -10,8 +10,8 @@ import attrs
 from sftk.errors import Problem, SpecError, did_you_mean
 from sftk.runtime.evaluate import DigitsEvaluation, DigitsEvaluator
 from sftk.spec.convert import structure
+from sftk.spec.document import Document
 from sftk.spec.schema import Recipe
-from sftk.spec.source import Document
 
 
 @attrs.frozen(kw_only=True)

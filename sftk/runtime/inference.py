@@ -19,11 +19,12 @@ from sftk.runtime.evaluators import evaluation_options
 from sftk.runtime.port import Port
 from sftk.runtime.sampling import StudentSampling, sample_latents, student_graph
 from sftk.spec.convert import structure
+from sftk.spec.document import Document
 from sftk.spec.files import find_file
 from sftk.spec.graphs import spec_params
 from sftk.spec.recipe import load_plugins
 from sftk.spec.schema import Recipe
-from sftk.spec.source import Document, read_yaml
+from sftk.spec.source import read_yaml
 
 
 @attrs.frozen(kw_only=True, eq=False)

@@ -21,8 +21,8 @@ from sftk.runtime.rundir import RunDir, open_run, write_text
 from sftk.runtime.stage import StageRun, saved_weights
 from sftk.runtime.tracking import JsonlTracker, MultiTracker, TensorBoardTracker, Tracker, WandbTracker
 from sftk.spec.convert import unstructure
+from sftk.spec.dump import dump_yaml
 from sftk.spec.recipe import Stage, load_recipe
-from sftk.spec.source import dump_yaml
 
 
 def run_recipe(

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from sftk.core.graph import Graph
 from sftk.data.sources import SOURCES, data_keys, data_problems
 from sftk.errors import Problem, SpecError, did_you_mean
+from sftk.spec.document import Document
 from sftk.spec.files import find_file
 from sftk.spec.schema import PLAIN_NAME, PhaseSection, Recipe
-from sftk.spec.source import Document
 
 if TYPE_CHECKING:
     from sftk.spec.recipe import Stage

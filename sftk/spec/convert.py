@@ -14,7 +14,8 @@ from cattrs import Converter
 from cattrs.errors import AttributeValidationNote, BaseValidationError, ForbiddenExtraKeysError, IterableValidationNote
 
 from sftk.errors import Problem, SpecError, did_you_mean
-from sftk.spec.source import Document, KeyPath, describe
+from sftk.spec.document import Document, KeyPath
+from sftk.spec.wording import describe
 
 T = TypeVar("T")
 

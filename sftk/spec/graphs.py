@@ -14,8 +14,9 @@ from sftk.core.graph import Graph
 from sftk.core.transform import Node, Transform
 from sftk.errors import Problem, SpecError, did_you_mean
 from sftk.spec.convert import structure
+from sftk.spec.document import Document, KeyPath
 from sftk.spec.files import find_file, show_path
-from sftk.spec.source import Document, KeyPath, read_yaml
+from sftk.spec.source import read_yaml
 
 _FROM_PYTHON = "parameters"
 

@@ -10,7 +10,8 @@ from typing import Any
 import attrs
 
 from sftk.errors import Problem, SpecError, did_you_mean
-from sftk.spec.source import Document, KeyPath, parse_value
+from sftk.spec.document import Document, KeyPath
+from sftk.spec.source import parse_value
 
 _PART = re.compile(r"([^\[\]]*)((?:\[[^\[\]]+\])*)")
 

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from sftk.errors import Problem, SpecError
 from sftk.spec.convert import make_converter, structure, unstructure
+from sftk.spec.document import Document
+from sftk.spec.dump import dump_yaml
 from sftk.spec.overrides import apply_overrides
-from sftk.spec.source import Document, dump_yaml, parse_yaml
+from sftk.spec.source import parse_yaml
 
 Seed = NewType("Seed", int)
 

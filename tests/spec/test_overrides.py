@@ -3,8 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sftk.errors import SpecError
+from sftk.spec.dump import dump_yaml
 from sftk.spec.overrides import apply_overrides
-from sftk.spec.source import dump_yaml, parse_yaml
+from sftk.spec.source import parse_yaml
 
 RECIPE = """\
 version: 1

@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sftk.errors import Problem, SpecError
-from sftk.spec.source import Document, dump_yaml, parse_value, parse_yaml, read_yaml
+from sftk.spec.document import Document
+from sftk.spec.dump import dump_yaml
+from sftk.spec.source import parse_value, parse_yaml, read_yaml
 
 
 def problems(text):
