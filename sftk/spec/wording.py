@@ -1,11 +1,17 @@
-"""Found values in plain words, for error messages."""
+"""Values and types in plain words, for error messages."""
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, Union, get_args
 
+import attrs
+
+from sftk.spec.annotations import MAPPINGS, SEQUENCES, bare, origin_of
 from sftk.spec.scalars import number_text
+
+_NAMES: dict[Any, str] = {int: "an integer", float: "a number", str: "a string", bool: "a boolean", type(None): "null"}
 
 
 def describe(value: Any) -> str:
@@ -24,3 +30,39 @@ def describe(value: Any) -> str:
     if isinstance(value, str):
         return f'the string "{value if len(value) <= 60 else value[:57] + "..."}"'
     return "a list" if isinstance(value, list) else "a mapping" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+
+
+def expected(kind: Any) -> str:
+    """A type in plain words.
+
+    Example:
+        >>> expected(float | None), expected(Literal["auto", "off"])
+        ('a number or null', 'one of "auto", "off"')
+    """
+    kind, origin = bare(kind), origin_of(kind)
+    if origin in (Union, types.UnionType):
+        words = list(dict.fromkeys(expected(member) for member in get_args(kind)))
+        return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+    if origin is Literal:
+        options = [f'"{option}"' if isinstance(option, str) else describe(option).split(" ")[-1] for option in get_args(kind)]
+        return options[0] if len(options) == 1 else "one of " + ", ".join(options)
+    if origin in SEQUENCES:
+        return "a list"
+    if origin in MAPPINGS or (isinstance(kind, type) and attrs.has(kind)):
+        return "a mapping"
+    return _NAMES.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def choices(kind: Any) -> list[Any]:
+    """The values that a type's literals name.
+
+    Example:
+        >>> choices(Literal["auto"] | float)
+        ['auto']
+    """
+    kind, origin = bare(kind), origin_of(kind)
+    if origin is Literal:
+        return list(get_args(kind))
+    if origin in (Union, types.UnionType):
+        return [option for member in get_args(kind) for option in choices(member)]
+    return []

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sftk.errors import Problem, SpecError
-from sftk.spec.convert import make_converter, structure, unstructure
+from sftk.spec.convert import structure, unstructure
 from sftk.spec.document import Document
 from sftk.spec.dump import dump_yaml
+from sftk.spec.hooks import make_converter
 from sftk.spec.overrides import apply_overrides
 from sftk.spec.source import parse_yaml
 
