@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -126,13 +127,16 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=2)
 def _flash_function(missing_ok: bool) -> Callable[..., Tensor] | None:
     """FlashAttention 4, 3 or 2, whichever is there."""
-    if importlib.util.find_spec("flash_attn") is not None and importlib.util.find_spec("flash_attn.cute") is not None:
-        from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
-
-        return flash_attn_func
-    for module in ("flash_attn_interface", "flash_attn"):
-        if importlib.util.find_spec(module) is not None:
-            return getattr(importlib.import_module(module), "flash_attn_func", None)
+    reasons = []
+    for module in ("flash_attn.cute", "flash_attn_interface", "flash_attn"):
+        try:
+            with warnings.catch_warnings():  # what these packages say about the ones that they import is not for our users
+                warnings.simplefilter("ignore", DeprecationWarning)
+                return importlib.import_module(module).flash_attn_func
+        except (ImportError, AttributeError) as error:
+            reasons.append(f"{module}: {error}")
     if missing_ok:
         return None
-    raise SpecError("the attention backend 'flash' needs FlashAttention: pip install 'sftk[flash]'")
+    raise SpecError(
+        "the attention backend 'flash' needs FlashAttention: pip install 'sftk[flash]'; tried " + "; ".join(reasons)
+    )

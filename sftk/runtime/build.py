@@ -12,6 +12,7 @@ from torch import nn
 
 from sftk.core.graph import Graph
 from sftk.models.weights import build_model
+from sftk.runtime.device import set_precision
 from sftk.runtime.ema import Ema
 from sftk.runtime.optim import make_optimizer
 from sftk.runtime.parallelize import limit_recompiles, parallelize
@@ -73,7 +74,7 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder) -> Bu
     emas = {role: Ema(modules[role], ema.decay, ema.start) for role, ema in recipe.ema.items()}
     for role, module in modules.items():
         parallelize(module, checkpoint=recipe.models[role].checkpoint, compile_blocks=compiled)
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else None
+    dtype = set_precision(recipe.precision)
     ports = {role: Port(module, dtype) for role, module in modules.items()}
     for role, section in recipe.models.items():
         if section.ema_of is not None:

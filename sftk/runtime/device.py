@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Literal
+
 import torch
 
 from sftk.errors import SftkError
@@ -22,6 +25,26 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise SftkError("the recipe says device: cuda, but PyTorch finds no CUDA device; use device: auto or cpu")
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+Precision = Literal["fp32", "tf32", "bf16"]
+
+
+def set_precision(precision: Precision) -> torch.dtype | None:
+    """Sets how float32 matrix products are computed on CUDA, and returns the dtype of autocast, if any.
+
+    Args:
+        precision: `fp32` keeps float32 products exact, `tf32` rounds their factors to TensorFloat32, `bf16` computes models
+            under bfloat16 autocast (what stays in float32 then uses TensorFloat32).
+
+    Example:
+        >>> set_precision("bf16"), set_precision("fp32")
+        (torch.bfloat16, None)
+    """
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    # Inductor advises TensorFloat32; whoever writes `precision: fp32` has decided.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
+    return torch.bfloat16 if precision == "bf16" else None
 
 
 def device_name(device: torch.device) -> str:

@@ -210,7 +210,7 @@ class Recipe:
     eval: EvalSection | None = None
     checkpoint: CheckpointSection = attrs.field(factory=CheckpointSection)
     track: TrackSection = attrs.field(factory=TrackSection)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     compile: Literal["auto"] | bool = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

@@ -268,7 +268,7 @@ from sftk.core import transform
 
 @transform(out="poisoned", kind="keyed")
 def poison(key, value, *, update: int, sample: int):
-    hit = torch.tensor([key.update == update and index == sample for index in key.samples])
+    hit = torch.tensor([key.update == update and index == sample for index in key.samples], device=value.device)
     return torch.where(hit.reshape(-1, *[1] * (value.ndim - 1)), torch.nan, value)
 """
 
