@@ -21,7 +21,8 @@ from sftk.runtime.sampling import StudentSampling, TeacherSampling
 from sftk.spec import schema
 from sftk.spec.compat import COMPAT
 from sftk.spec.files import find_file
-from sftk.spec.graphs import FoldSpec, GraphSpec, NodeSpec, spec_params
+from sftk.spec.graphs import FoldSpec, GraphSpec, NodeSpec
+from sftk.spec.params import spec_params
 from sftk.spec.recipe import import_file
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import sftk
-from sftk.core.transform import FunctionTransform
+from sftk.core.transform import FunctionTransform, Node
 from sftk.functional.cache import KVCache, append
 from sftk.functional.context import window_context
 from sftk.functional.layout import Layout
@@ -229,6 +229,13 @@ def graph() -> Drawing:
     made = sftk.Graph.from_spec("specs/dmd_generator.yaml")
     rows: list[tuple[int, str, bool]] = []
     inner = next(node.op for node in made.nodes if isinstance(node.op, sftk.Graph))
+    outer: list[tuple[int, Node]] = []
+
+    def unfold(nodes, depth: int) -> None:
+        for node in nodes:
+            outer.append((depth, node))
+            if isinstance(node.op, sftk.Graph) and node.op is not inner:
+                unfold(node.op.nodes, depth + 1)
 
     def walk(nodes, depth: int) -> None:
         for node in nodes:
@@ -237,20 +244,24 @@ def graph() -> Drawing:
             if fold:
                 walk(node.op.nodes, depth + 1)
 
+    unfold(made.nodes, 0)
     walk(inner.nodes, 0)
     step, top = 34, 64
-    height = top + max(len(rows), len(made.nodes)) * step + 18
+    height = top + max(len(rows), len(outer)) * step + 18
     d = Drawing(height, "The graph of the generator phase")
     d.box(24, 20, 380, height - 36, "panel")
     d.text(40, 46, made.name, bold=True)
     d.text(388, 46, "a spec", kind="dim", size=12, anchor="end")
     kinds = {"generator": "blue", "real_score": "green", "fake_score": "orange"}
-    for i, node in enumerate(made.nodes):
+    for i, (depth, node) in enumerate(outer):
         roles = [role for _, role in node.roles]
-        y = top + i * step
-        d.box(40, y, 160, 24, kinds.get(roles[0] if roles else "", "grey"), node.op.name, size=12)
+        x, y = 40 + depth * 22, top + i * step
+        if isinstance(node.op, sftk.Graph) and node.op is not inner:
+            d.text(x + 4, y + 17, f"{node.op.name}: a graph inside", kind="dim", size=12)
+            continue
+        d.box(x, y, 160, 24, kinds.get(roles[0] if roles else "", "grey"), node.op.name, size=12)
         keys = ", ".join(node.writes)
-        d.text(210, y + 17, f"→ {keys if len(keys) < 30 else keys[:27].rsplit(',', 1)[0] + ', …'}", kind="dim", size=12)
+        d.text(x + 170, y + 17, f"→ {keys if len(keys) < 26 else keys[:23].rsplit(',', 1)[0] + ', …'}", kind="dim", size=12)
         if node.op is inner:
             d.arrow((404, y + 12), (444, y + 12), kind="bl")
     d.box(444, 20, 392, height - 36, "panel")

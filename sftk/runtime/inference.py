@@ -21,7 +21,7 @@ from sftk.runtime.sampling import StudentSampling, sample_latents, student_graph
 from sftk.spec.convert import structure
 from sftk.spec.document import Document
 from sftk.spec.files import find_file
-from sftk.spec.graphs import spec_params
+from sftk.spec.params import spec_params
 from sftk.spec.recipe import load_plugins
 from sftk.spec.schema import Recipe
 from sftk.spec.source import read_yaml

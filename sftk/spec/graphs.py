@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 
@@ -16,9 +16,20 @@ from sftk.errors import Problem, SpecError, did_you_mean
 from sftk.spec.convert import structure
 from sftk.spec.document import Document, KeyPath
 from sftk.spec.files import find_file, show_path
+from sftk.spec.params import ALL, Origin, Parameters
 from sftk.spec.source import read_yaml
 
 _FROM_PYTHON = "parameters"
+
+
+def is_spec(name: str | None) -> bool:
+    """Whether a `use` names a spec file.
+
+    Example:
+        >>> is_spec("specs/rollout.yaml"), is_spec("add_noise")
+        (True, False)
+    """
+    return name is not None and name.endswith((".yaml", ".yml"))
 
 
 @attrs.frozen(kw_only=True)
@@ -30,13 +41,15 @@ class NodeSpec:
     in_: dict[str, str] = attrs.field(factory=dict)
     out: dict[str, str | None] = attrs.field(factory=dict)
     models: dict[str, str] = attrs.field(factory=dict)
-    with_: dict[str, Any] = attrs.field(factory=dict)
+    with_: dict[str, Any] | Literal["$params"] = attrs.field(factory=dict)
     grad: bool = True
     doc: str = ""
 
     def __attrs_post_init__(self) -> None:
         if (self.use is None) == (self.fold is None):
             raise ValueError("a node has either `use` or `fold`")
+        if self.with_ == ALL and not is_spec(self.use):
+            raise ValueError(f"`with: {ALL}` is for a node that uses a spec; write the options out")
 
 
 @attrs.frozen(kw_only=True)
@@ -62,20 +75,7 @@ class GraphSpec:
     optional: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     params: dict[str, Any] = attrs.field(factory=dict)
-
-
-@attrs.frozen(kw_only=True)
-class Origin:
-    """A parameter's value and the place that a mistake in it is blamed on."""
-
-    value: Any
-    document: Document
-    path: KeyPath
-    prefix: KeyPath = ()
-
-    def blame(self, message: str, hint: str | None = None) -> Problem:
-        """A problem at the place where the value was written."""
-        return self.document.problem(self.path, message, hint).under(*self.prefix)
+    params_of: tuple[str, ...] = ()
 
 
 def load_graph(path: Any, params: Mapping[str, Any] | None = None, *, frames: int | None = None) -> Graph:
@@ -108,17 +108,6 @@ def once(problems: Iterable[Problem]) -> list[Problem]:
         value = problem.path[-2:-1] in (("with",), ("params",)) or problem.file == _FROM_PYTHON
         found.setdefault((problem.file, problem.line, problem.path, None if value else problem.message), problem)
     return list(found.values())
-
-
-def spec_params(path: Path) -> dict[str, Any]:
-    """The parameters that a spec declares, with their defaults.
-
-    Example:
-        >>> spec_params(find_file("specs/sample_ode.yaml"))["steps"]
-        50
-    """
-    params = read_yaml(path, show_path(path)).get(("params",), {})
-    return dict(params) if isinstance(params, dict) else {}
 
 
 def build_graph(
@@ -154,17 +143,14 @@ class _Builder:
     def __init__(self, document: Document, spec: GraphSpec, path: Path, frames: int | None, stack: tuple[Path, ...]):
         self.document, self.spec, self.path, self.frames = document, spec, path, frames
         self.stack = (*stack, path)
-        self.problems: list[Problem] = []
-        self.env: dict[str, Origin] = {}
-        self.used: set[str] = set()
+        self.params = Parameters(path, document)
+        self.problems = self.params.problems
         self.open = False
 
     def build(self, bound: Mapping[str, Origin], defaults: Mapping[str, Any]) -> tuple[Graph | None, list[Problem]]:
-        self._bind(bound, defaults)
+        self.params.bind(bound, defaults)
         nodes = self._nodes(self.spec.nodes, ("nodes",))
-        for name in sorted(self.env.keys() - self.used):
-            hint = f"use ${name} in a node's `with`, or remove it"
-            self.problems.append(self.document.problem(("params", name), f"the parameter {name!r} is never used", hint))
+        self.problems += self.params.unused()
         try:
             graph = Graph(
                 nodes,
@@ -182,51 +168,21 @@ class _Builder:
             return None, self.problems
         return (None if self.problems else graph), self.problems
 
-    def _bind(self, bound: Mapping[str, Origin], defaults: Mapping[str, Any]) -> None:
-        declared = self.spec.params
-        for name, origin in bound.items():
-            if name not in declared:
-                hint = did_you_mean(name, declared) or ("it has none" if not declared else None)
-                self.problems.append(origin.blame(f"{show_path(self.path)} has no parameter {name!r}", hint))
-        self.used |= {default[1:] for default in declared.values() if isinstance(default, str) and default.startswith("$")}
-        for name, default in declared.items():
-            here = Origin(value=default, document=self.document, path=("params", name))
-            if name in bound:
-                self.env[name] = bound[name]
-            elif name in defaults:
-                self.env[name] = attrs.evolve(here, value=defaults[name])
-            else:
-                self.env[name] = self._value(default, here)
-
-    def _value(self, raw: Any, here: Origin) -> Origin:
-        """A written value, or what the parameter stands for when it is `$name`."""
-        if not (isinstance(raw, str) and raw.startswith("$")):
-            return here
-        name = raw[1:]
-        if name not in self.env:
-            later = name in self.spec.params
-            message = f"{raw} stands for a parameter that " + (
-                "is declared further down" if later else "this spec does not declare"
-            )
-            self.problems.append(here.blame(message, did_you_mean(name, self.spec.params)))
-            return attrs.evolve(here, value=None)
-        self.used.add(name)
-        return self.env[name]
-
     def _nodes(self, specs: tuple[NodeSpec, ...], path: KeyPath) -> list[Node]:
         return [self._node(spec, (*path, index)) for index, spec in enumerate(specs)]
 
     def _node(self, spec: NodeSpec, path: KeyPath) -> Node:
+        written = {} if isinstance(spec.with_, str) else spec.with_
         values = {
-            name: self._value(raw, Origin(value=raw, document=self.document, path=(*path, "with", name)))
-            for name, raw in spec.with_.items()
+            name: self.params.resolve(Origin(value=raw, document=self.document, path=(*path, "with", name)))
+            for name, raw in written.items()
         }
         options: dict[str, Any] = {name: _freeze(origin.value) for name, origin in values.items()}
         op: Transform
         if spec.fold is not None:
             op = self._fold(spec.fold, (*path, "fold"))
-        elif spec.use is not None and spec.use.endswith((".yaml", ".yml")):
-            op, options = self._nested(spec.use, values, path), {}
+        elif is_spec(spec.use) and spec.use is not None:
+            op, options = self._nested(spec.use, values, path, everything=spec.with_ == ALL), {}
         else:
             op = self._registered(spec.use or "", path)
         return Node(op=op, in_=spec.in_, out=spec.out, models=spec.models, grad=spec.grad, options=options)
@@ -249,7 +205,7 @@ class _Builder:
             doc=spec.doc,
         )
 
-    def _nested(self, name: str, values: Mapping[str, Origin], path: KeyPath) -> Transform:
+    def _nested(self, name: str, values: Mapping[str, Origin], path: KeyPath, everything: bool) -> Transform:
         try:
             found = find_file(name, self.path)
         except SpecError as error:
@@ -259,6 +215,8 @@ class _Builder:
             names = " -> ".join(show_path(p) for p in (*self.stack, found.resolve()))
             self.problems.append(self.document.problem((*path, "use"), f"specs use each other in a circle: {names}"))
             return self._unknown(name)
+        if everything:
+            values = self.params.shared_with(found)
         graph, problems = build_graph(found, values, frames=self.frames, stack=self.stack)
         self.problems += problems
         return graph if graph is not None else self._unknown(name)
@@ -271,8 +229,8 @@ class _Builder:
         """The problem at the line that caused it: a parameter's value is blamed on whoever wrote it."""
         if len(problem.path) >= 2 and problem.path[-2] == "with":
             raw = self.document.get(problem.path, None)
-            if isinstance(raw, str) and raw.startswith("$") and raw[1:] in self.env:
-                return self.env[raw[1:]].blame(problem.message, problem.hint)
+            if isinstance(raw, str) and raw.startswith("$") and raw[1:] in self.params.env:
+                return self.params.env[raw[1:]].blame(problem.message, problem.hint)
         return self.document.locate(problem)
 
 

@@ -20,8 +20,9 @@ from sftk.spec.convert import structure_what_fits
 from sftk.spec.document import Document, KeyPath
 from sftk.spec.dump import dump_yaml
 from sftk.spec.files import find_file, search_roots, show_path
-from sftk.spec.graphs import Origin, build_graph, once
+from sftk.spec.graphs import build_graph, once
 from sftk.spec.overrides import apply_overrides, set_value
+from sftk.spec.params import Origin
 from sftk.spec.schema import PhaseSection, Recipe, StagedRecipe, StageSection
 from sftk.spec.source import read_yaml
 

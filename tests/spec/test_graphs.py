@@ -10,7 +10,8 @@ from sftk.core.graph import Graph
 from sftk.errors import SpecError
 from sftk.functional import add_noise, draw_noise, flow_target
 from sftk.functional.keys import Key
-from sftk.spec.graphs import load_graph, once, spec_params
+from sftk.spec.graphs import load_graph, once
+from sftk.spec.params import spec_params
 
 SMALL = """\
 doc: Noised latents and their flow.
@@ -112,3 +113,66 @@ def test_every_shipped_spec_builds():
         graph = load_graph(f"specs/{name}")
         assert graph.doc
         assert graph.to_mermaid().startswith("flowchart")
+
+
+INNER = """\
+doc: Noise.
+inputs: [latents, key]
+params: {name: noise, second: $name}
+nodes:
+  - {use: draw_noise, in: {like: latents}, with: {name: $name}}
+  - {use: draw_noise, in: {like: latents}, with: {name: $second}, out: {noise: other}}
+outputs: [noise, other]
+"""
+OUTER = """\
+doc: The same from outside.
+inputs: [latents, key]
+params_of: [inner.yaml]
+nodes:
+  - {use: inner.yaml, with: $params}
+outputs: [noise, other]
+"""
+
+
+def draws(path, **params):
+    found = load_graph(path, params).run({"latents": torch.zeros(1, 4), "key": Key(seed=3)}, {})
+    return found["noise"], found["other"]
+
+
+def test_params_of_takes_over_names_and_defaults(tmp_path):
+    (tmp_path / "inner.yaml").write_text(INNER)
+    path = tmp_path / "outer.yaml"
+    path.write_text(OUTER)
+    assert spec_params(path) == {"name": "noise", "second": "$name"}
+    first, second = draws(path)
+    assert torch.equal(first, second)
+    assert torch.equal(draws(path, second="x")[1], draws(tmp_path / "inner.yaml", second="x")[1])
+    path.write_text(OUTER.replace("params_of:", "params: {name: mine}\nparams_of:"))
+    assert spec_params(path) == {"name": "mine", "second": "$name"}
+    mine, same = draws(path)
+    assert torch.equal(mine, same)
+    assert not torch.equal(mine, first)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("with: $params", "with: {}", "$.params_of (outer.yaml:3): the parameter 'second' is never used"),
+        ("[inner.yaml]", "[inner.yaml, other.yaml]", "$.params_of[1] (outer.yaml:3): 'name' is 'noise' in inner.yaml and"),
+        ("[inner.yaml]", "[iner.yaml]", "$.params_of[0] (outer.yaml:3): no such file 'iner.yaml'"),
+        ("[inner.yaml]", "[outer.yaml]", "$.params_of[0] (outer.yaml:3): specs take parameters from each other in a circle"),
+        ("{use: inner.yaml,", "{use: draw_noise,", "$.nodes[0] (outer.yaml:5): `with: $params` is for a node that uses a spec"),
+        ("with: $params", "with: $param", '$.nodes[0].with (outer.yaml:5): expected a mapping or "$params"'),
+    ],
+)
+def test_params_of_says_what_is_wrong(tmp_path, monkeypatch, old, new, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inner.yaml").write_text(INNER)
+    (tmp_path / "other.yaml").write_text(INNER.replace("name: noise", "name: different"))
+    (tmp_path / "outer.yaml").write_text(OUTER.replace(old, new))
+    with pytest.raises(SpecError) as caught:
+        load_graph("outer.yaml")
+    path, _, rest = said.partition(" (")
+    place, _, message = rest.partition("): ")
+    found = [str(problem) for problem in caught.value.problems]
+    assert any(f"@ {path} ({place})" in text and message in text for text in found), found

@@ -150,11 +150,18 @@ def test_overrides_reach_the_recipe_in_order():
     assert stage.recipe.batch == plain.recipe.batch
 
 
+def every_node(graph):
+    for node in graph.nodes:
+        yield node
+        if hasattr(node.op, "nodes"):
+            yield from every_node(node.op)
+
+
 def test_compat_sets_defaults_and_what_a_recipe_binds_wins():
     def options(*more):
         (stage,) = load_recipe("recipes/dmd.yaml", ["compat=self_forcing", *more])
         rollout = next(node.op for node in stage.graphs["generator"].nodes if node.op.name == "rollout")
-        scores = [node.options for node in stage.graphs["generator"].nodes if node.op.name == "predict_x0_cfg"]
+        scores = [node.options for node in every_node(stage.graphs["generator"]) if node.op.name == "predict_x0_cfg"]
         inner = {
             name: value
             for fold in rollout.nodes
