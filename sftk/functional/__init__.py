@@ -1,6 +1,6 @@
 """Pure tensor mathematics: schedule, noise, guidance, keyed sampling, attention, caches, rollout, solvers."""
 
-from sftk.functional.attention import attention, available_backends
+from sftk.functional.attention import attention, available_backends, exact_derivatives
 from sftk.functional.cache import KVCache, append, window
 from sftk.functional.context import commit_context, commit_given, start_cache, window_context
 from sftk.functional.guidance import guide
@@ -45,6 +45,7 @@ __all__ = [
     "draw_timestep",
     "drop_condition",
     "euler_step",
+    "exact_derivatives",
     "exit_step",
     "flow_target",
     "flow_to_noise",

@@ -6,6 +6,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,7 @@ def attention_mask(layout: Layout | None, tokens_per_frame: int, device: torch.d
     """
     if layout is None:
         return None
+    backend = "math" if _exact else backend
     if backend == "flash":
         raise SpecError("the attention backend 'flash' takes no layout; use 'flex' for block-causal and teacher-forcing passes")
     if backend == "flex" or (backend == "auto" and device.type == "cuda"):
@@ -74,6 +76,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Ba
     """
     if q.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ShapeError(f"attention takes [B, L, H, D]; found q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}")
+    backend = "math" if _exact else backend
     if backend == "flash":
         if mask is not None or not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
             found = f"{q.dtype} on {q.device.type}{'' if mask is None else ' with a mask'}"
@@ -83,7 +86,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Ba
         return _flash(q, k, v)
     heads = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     if mask is not None and not isinstance(mask, Tensor):
-        return _flex(*heads, mask).transpose(1, 2)
+        if not _exact:
+            return _flex(*heads, mask).transpose(1, 2)
+        mask = _dense(mask, q.shape[1], k.shape[1], q.device)
     if backend == "math":
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2)
@@ -101,12 +106,65 @@ def available_backends() -> tuple[Backend, ...]:
     return ("sdpa", "math", "flex", "flash") if flash else ("sdpa", "math", "flex")
 
 
+_exact = 0
+"""How many `exact_derivatives` are open. A plain global: a recomputation in one of autograd's threads must see it, too."""
+
+
+class exact_derivatives:
+    """Inside, models have second derivatives and forward mode: attention is `math` whatever their backend, blocks run eagerly.
+
+    PyTorch's fused attention, FlexAttention and FlashAttention have a first derivative only, and compiled functions no second
+    one. Open it around the calls of a model whose result is differentiated twice, or around `torch.func.jvp`; a backward pass
+    may run after it has closed. Attention then needs memory for all pairs of tokens. It may be entered again.
+
+    Example:
+        >>> q = torch.randn(1, 3, 1, 2, dtype=torch.float64, requires_grad=True)
+        >>> with exact_derivatives():
+        ...     out = attention(q, q, q, backend="flex")
+        >>> (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+        >>> torch.autograd.grad(grad.square().sum(), q)[0].shape
+        torch.Size([1, 3, 1, 2])
+    """
+
+    def __init__(self) -> None:
+        self._stances: list[Any] = []
+
+    def __enter__(self) -> None:
+        global _exact
+        # Nothing to set while Dynamo traces: it reads the counter below as it goes.
+        self._stances.append(nullcontext() if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager"))
+        _exact += 1
+
+    def __exit__(self, *error: object) -> None:
+        global _exact
+        _exact -= 1
+        self._stances.pop().__exit__(*error)
+
+
+def recompute_contexts() -> tuple[Any, Any]:
+    """Contexts of an activation checkpoint's forward pass and of its recomputation, which must use the same attention.
+
+    Example:
+        >>> with exact_derivatives():
+        ...     _, recompute = recompute_contexts()
+        >>> with recompute:
+        ...     attention_mask(Layout(kind="block_causal", blocks=(1, 1)), 1, torch.device("cpu"), "flash").shape
+        torch.Size([2, 2])
+    """
+    return nullcontext(), exact_derivatives() if _exact else nullcontext()
+
+
+def _dense(mask: Any, queries: int, keys: int, device: torch.device) -> Tensor:
+    """A `BlockMask` as a [Lq, Lk] bool tensor."""
+    none = torch.zeros((), dtype=torch.long, device=device)
+    q, k = torch.arange(queries, device=device), torch.arange(keys, device=device)
+    return mask.mask_mod(none, none, q[:, None], k[None, :])
+
+
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     if not q.is_cuda:
         # FlexAttention has no backward on the CPU; its dense equivalent has.
-        none = torch.zeros((), dtype=torch.long)
-        dense = mask.mask_mod(none, none, torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None, :])
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=_dense(mask, q.shape[2], k.shape[2], q.device))
     if torch.compiler.is_compiling():
         return flex_attention(q, k, v, block_mask=mask)  # pyright: ignore[reportReturnType]
     return _compiled_flex()(q, k, v, block_mask=mask)

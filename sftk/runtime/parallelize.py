@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from sftk.functional.attention import recompute_contexts
+
 RECOMPILE_LIMIT = 64
 """Graphs of one block over a rollout: context lengths times gradient modes, with room."""
 
@@ -28,7 +30,7 @@ def parallelize(model: nn.Module, *, checkpoint: str = "none", compile_blocks: b
     assert isinstance(blocks, nn.ModuleList)
     for index, block in enumerate(blocks):
         if checkpoint == "full":
-            block = checkpoint_wrapper(block, preserve_rng_state=False)
+            block = checkpoint_wrapper(block, preserve_rng_state=False, context_fn=recompute_contexts)
             blocks[index] = block
         if compile_blocks:
             block.compile()
