@@ -17,7 +17,7 @@ from sftk.cli import main
 from sftk.data.sources import SOURCES
 from sftk.models.config import WanConfig
 from sftk.runtime.evaluate import DigitsEvaluation
-from sftk.runtime.sampling import StudentSampling, TeacherSampling
+from sftk.runtime.sampling import CausalOdeSampling, StudentSampling, TeacherSampling
 from sftk.spec import schema
 from sftk.spec.compat import COMPAT
 from sftk.spec.files import find_file
@@ -46,6 +46,7 @@ SECTIONS: dict[str, Any] = {
     "stages": schema.StageSection,
     "eval.with": DigitsEvaluation,
     "student_sampling": StudentSampling,
+    "student_sampling with causal_ode": CausalOdeSampling,
     "teacher_sampling": TeacherSampling,
     "spec": GraphSpec,
     "node": NodeSpec,

@@ -16,7 +16,7 @@ from sftk.functional.noise import (
     noise_to_x0,
     x0_to_flow,
 )
-from sftk.functional.plan import Block, Step, plan_rollout
+from sftk.functional.plan import Block, Step, plan_blocks, plan_rollout
 from sftk.functional.predict import Denoiser, predict_flow, predict_flow_teacher_forced, predict_x0, predict_x0_cfg
 from sftk.functional.rollout import begin_block, denoise_step, exit_step, join_blocks, renoise
 from sftk.functional.sampling import crop_length, draw_noise, draw_timestep, drop_condition
@@ -55,6 +55,7 @@ __all__ = [
     "join_blocks",
     "noise_to_x0",
     "ode_step",
+    "plan_blocks",
     "plan_ode",
     "plan_rollout",
     "predict_flow",

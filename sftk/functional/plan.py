@@ -76,6 +76,52 @@ def split_given(frames: int, frames_per_block: int, independent_first_frame: boo
     return split_blocks(frames, frames_per_block, independent_first_frame)
 
 
+def _blocks_example(batch: int, randn) -> dict:
+    return {"noise": randn(batch, 6, 4, 2, 2), "initial_latents": randn(batch, 1, 4, 2, 2)}
+
+
+@transform(out=("blocks", "given_blocks"), kind="host", example=_blocks_example, check=block_problems)
+def plan_blocks(
+    noise: Tensor,
+    initial_latents: Tensor | None = None,
+    *,
+    frames_per_block: int = 3,
+    independent_first_frame: bool = False,
+):
+    """The blocks of a causal sampler, without steps of their own.
+
+    Args:
+        noise: [B, F, C, H, W]; only its shape is used.
+        initial_latents: [B, F0, C, H, W], frames that are continued.
+        frames_per_block: frames that are denoised together.
+        independent_first_frame: the first frame is a block of its own.
+
+    Returns:
+        blocks: tuple of `Block`, generated ones. given_blocks: those of the initial latents.
+
+    Raises:
+        ShapeError: frames do not divide into blocks.
+
+    Example:
+        >>> blocks, given = plan_blocks(torch.zeros(1, 6, 4, 2, 2), torch.zeros(1, 1, 4, 2, 2))
+        >>> [block.positions for block in blocks], len(given)
+        ([(1, 2, 3), (4, 5, 6)], 1)
+    """
+    given = 0 if initial_latents is None else initial_latents.shape[1]
+    blocks = _blocks(split_blocks(noise.shape[1], frames_per_block, independent_first_frame and not given), given)
+    given_blocks = _blocks(split_given(given, frames_per_block, independent_first_frame), 0, grad=False, last=False)
+    return blocks, given_blocks
+
+
+def _blocks(lengths: Sequence[int], start: int, grad: bool = True, last: bool = True) -> tuple[Block, ...]:
+    """Blocks of those lengths, one after the other; `last` marks the one that no block follows."""
+    offsets = [sum(lengths[:index]) for index in range(len(lengths))]
+    return tuple(
+        Block(index=i, start=start + o, frames=n, offset=o, grad=grad, last=last and i == len(lengths) - 1)
+        for i, (o, n) in enumerate(zip(offsets, lengths, strict=True))
+    )
+
+
 def _example(batch: int, randn) -> dict:
     return {
         "key": Key(seed=3, samples=tuple(range(batch))),
@@ -151,39 +197,28 @@ def plan_rollout(
         [((0, 1, 2), [1000.0], 500.0), ((3, 4, 5), [1000.0], 500.0)]
     """
     entries, raw = step_list(steps, shift, warp)
+    plain, given_blocks = plan_blocks(
+        noise, initial_latents, frames_per_block=frames_per_block, independent_first_frame=independent_first_frame
+    )
     given = 0 if initial_latents is None else initial_latents.shape[1]
-    lengths = split_blocks(noise.shape[1], frames_per_block, independent_first_frame and not given)
     total = given + noise.shape[1]
     kept = total if output_frames is None else min(output_frames, total)
     grad_from = max(total - kept, 0 if grad_frames is None else total - grad_frames)
     if last_step_only:
-        exits = (len(entries) - 1,) * len(lengths)
+        exits = (len(entries) - 1,) * len(plain)
     else:
-        exits = key.integers(name, 0, len(entries), 1 if same_step_across_blocks else len(lengths))
-        exits = exits * len(lengths) if same_step_across_blocks else exits
-    blocks, offset = [], 0
-    for index, (frames, leave) in enumerate(zip(lengths, exits, strict=True)):
-        start = given + offset
-        blocks.append(
-            Block(
-                index=index,
-                start=start,
-                frames=frames,
-                offset=offset,
-                lead=entries[:leave],
-                exit=entries[leave],
-                grad=start >= grad_from,
-                last=index == len(lengths) - 1,
-            )
-        )
-        offset += frames
-    given_blocks = _given(given, frames_per_block, independent_first_frame)
+        exits = key.integers(name, 0, len(entries), 1 if same_step_across_blocks else len(plain))
+        exits = exits * len(plain) if same_step_across_blocks else exits
+    blocks = tuple(
+        attrs.evolve(block, lead=entries[:leave], exit=entries[leave], grad=block.start >= grad_from)
+        for block, leave in zip(plain, exits, strict=True)
+    )
     same = same_step_across_blocks or last_step_only
     exit_from = raw[exits[0]] if same else None
     exit_to = (raw[exits[0] + 1] if exits[0] + 1 < len(raw) else 0.0) if same else None
     flags = [False] * given + [block.grad for block in blocks for _ in range(block.frames)]
     gradient_mask = torch.tensor(flags[total - kept :], device=noise.device).expand(noise.shape[0], -1)
-    return tuple(blocks), given_blocks, exit_from, exit_to, gradient_mask
+    return blocks, given_blocks, exit_from, exit_to, gradient_mask
 
 
 def step_list(steps: Sequence[float], shift: float, warp: bool) -> tuple[tuple[Step, ...], tuple[float, ...]]:
@@ -206,11 +241,3 @@ def step_list(steps: Sequence[float], shift: float, warp: bool) -> tuple[tuple[S
     following = (*warped[1:], None)
     entries = tuple(Step(index=i, timestep=t, next_timestep=n) for i, (t, n) in enumerate(zip(warped, following, strict=True)))
     return entries, raw
-
-
-def _given(frames: int, frames_per_block: int, independent_first_frame: bool) -> tuple[Block, ...]:
-    blocks, start = [], 0
-    for index, length in enumerate(split_given(frames, frames_per_block, independent_first_frame)):
-        blocks.append(Block(index=index, start=start, frames=length, offset=start, grad=False))
-        start += length
-    return tuple(blocks)

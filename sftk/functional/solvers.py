@@ -1,4 +1,4 @@
-"""Many-step sampling of the probability-flow ODE, as transforms that a fold runs."""
+"""Many-step sampling of the probability-flow ODE, of whole clips or block by block, as transforms that a fold runs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sftk.core.transform import transform
+from sftk.functional.cache import KVCache
 from sftk.functional.guidance import guide
-from sftk.functional.plan import Step
+from sftk.functional.plan import Block, Step
 from sftk.functional.predict import Denoiser, toy_denoiser
 from sftk.functional.schedule import TIMESTEPS, euler_step, frame_timesteps, inference_timesteps
 
@@ -52,13 +53,24 @@ def _example(batch: int, randn) -> dict:
 
 @transform(out="noisy", kind="per_sample", models=("denoiser",), example=_example)
 def ode_step(
-    denoiser: Denoiser, noisy: Tensor, step: Step, prompt_embeds: Tensor, negative_embeds: Tensor, *, scale: float = 1.0
+    denoiser: Denoiser,
+    noisy: Tensor,
+    step: Step,
+    prompt_embeds: Tensor,
+    negative_embeds: Tensor,
+    block: Block | None = None,
+    cache: KVCache | None = None,
+    negative_cache: KVCache | None = None,
+    *,
+    scale: float = 1.0,
 ):
-    """One guided Euler step of a bidirectional model.
+    """One guided Euler step of a bidirectional model, or of one block of a causal one given the frames in its caches.
 
     Args:
-        noisy: [B, F, C, H, W] at the step's timestep.
+        noisy: [B, F, C, H, W] at the step's timestep; of one block, [B, block.frames, C, H, W].
         prompt_embeds, negative_embeds: [B, L, D].
+        block: says where a causal model's frames stand; None is a bidirectional pass over all frames.
+        cache, negative_cache: the context as the conditional and the unconditional pass see it; not changed.
         scale: guidance; 1 makes one pass only.
 
     Returns:
@@ -72,8 +84,10 @@ def ode_step(
     """
     assert step.next_timestep is not None
     timestep = frame_timesteps(noisy, step.timestep)
-    flow = denoiser(noisy, timestep, prompt_embeds)[0]
+    positions = None if block is None else block.positions
+    flow = denoiser(noisy, timestep, prompt_embeds, cache=cache, positions=positions)[0]
     if scale != 1.0:
-        flow = guide(flow, denoiser(noisy, timestep, negative_embeds)[0], scale=scale)
+        uncond = denoiser(noisy, timestep, negative_embeds, cache=negative_cache, positions=positions)[0]
+        flow = guide(flow, uncond, scale=scale)
     sigma = timestep / TIMESTEPS
     return euler_step(noisy, flow, sigma, torch.full_like(sigma, step.next_timestep / TIMESTEPS))

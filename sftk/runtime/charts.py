@@ -38,7 +38,7 @@ def line_chart(title: str, steps: Sequence[float], values: Sequence[float]) -> s
     low, high = float(y[finite].min()), float(y[finite].max())
     q05, q95 = np.quantile(y[finite], [0.05, 0.95])
     log = low > 0 and q95 / q05 > 30
-    ticks = _log_ticks(low, high) if log else _ticks(low, high)
+    ticks = log_ticks(low, high) if log else ticks_around(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
 
     def across(step: np.ndarray) -> np.ndarray:
@@ -52,7 +52,7 @@ def line_chart(title: str, steps: Sequence[float], values: Sequence[float]) -> s
     for tick in ticks:
         at = float(up(np.asarray(tick)))
         parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{_label(tick, ticks, log)}</text>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{tick_label(tick, ticks, log)}</text>')
     edges = ((x[0], "start"), (x[-1], "end")) if x[-1] > x[0] else ((x[0], "start"),)
     for step, anchor in edges:
         at = float(across(np.asarray(step)))
@@ -107,8 +107,13 @@ def _dot(x: np.ndarray, y: np.ndarray) -> str:
     return f'<circle class="smooth" cx="{x[0]:.1f}" cy="{y[0]:.1f}" r="2.5"/>'
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round values that enclose the range."""
+def ticks_around(low: float, high: float) -> list[float]:
+    """Three to six round values that enclose the range.
+
+    Example:
+        >>> ticks_around(0.0, 10.0)
+        [0.0, 5.0, 10.0]
+    """
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         pad = abs(low) / 2 or 1.0
         low, high = low - pad, high + pad
@@ -118,13 +123,25 @@ def _ticks(low: float, high: float) -> list[float]:
     return [step * index for index in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten that enclose the range, at most about five.
+
+    Example:
+        >>> log_ticks(0.5, 70.0)
+        [0.1, 1.0, 10.0, 100.0]
+    """
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     stride = max(1, math.ceil((last - first) / 4))
     return [10.0**power for power in range(first, last + stride, stride)]
 
 
-def _label(tick: float, ticks: Sequence[float], log: bool) -> str:
+def tick_label(tick: float, ticks: Sequence[float], log: bool) -> str:
+    """A tick with as many decimals as its neighbours need.
+
+    Example:
+        >>> tick_label(0.5, [0.0, 0.5, 1.0], log=False), tick_label(100.0, [10.0, 100.0], log=True)
+        ('0.5', '100')
+    """
     largest = max(abs(value) for value in ticks)
     if log or largest >= 1e4 or largest < 1e-2:
         return f"{tick:.0e}".replace("e-0", "e-").replace("e+0", "e") if tick and not 1e-2 <= abs(tick) < 1e4 else f"{tick:g}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +17,9 @@ from sftk.data.digits import DIRECTIONS, prompt_text
 from sftk.data.digits_classifier import load_classifier
 from sftk.data.digits_metrics import evaluate_clips, evaluate_real
 from sftk.data.sources import source
-from sftk.runtime.media import can_write_mp4, contact_sheet, video_grid, write_gif, write_mp4
+from sftk.runtime.media import can_write_mp4, contact_sheet, to_uint8, video_grid, write_gif, write_mp4
 from sftk.runtime.sampling import (
+    AnyStudentSampling,
     StudentSampling,
     TeacherSampling,
     sample_latents,
@@ -40,6 +42,7 @@ class DigitsEvaluation:
         frames: length of every window that is judged; by default that of the recipe's latents.
         clips: how many are sampled, with prompts over all digits and directions.
         late_frames: length of the long rollout, whose last window is judged too; null leaves it out.
+        drift_every: judge a window from every so many frames of the long rollout on; null judges its first and last only.
         batch: clips in one pass.
         seed: of the held-out noise.
         sample_prompts: prompts shown in the report.
@@ -51,24 +54,28 @@ class DigitsEvaluation:
     frames: int | None = attrs.field(default=None, validator=at_least(1))
     clips: int = attrs.field(default=400, validator=at_least(1))
     late_frames: int | None = attrs.field(default=63, validator=at_least(1))
+    drift_every: int | None = attrs.field(default=None, validator=at_least(1))
     batch: int = attrs.field(default=50, validator=at_least(1))
     seed: int = 20_240_607
     sample_prompts: int = attrs.field(default=6, validator=at_least(0))
-    student_sampling: StudentSampling = attrs.field(factory=StudentSampling)
+    student_sampling: AnyStudentSampling = attrs.field(factory=StudentSampling)
     teacher_sampling: TeacherSampling = attrs.field(factory=TeacherSampling)
 
     def problems(self, frames: int) -> Iterator[tuple[tuple[str | int, ...], str, str | None]]:
         """What is wrong with how student and teacher sample clips of `frames` frames: (path, message, hint)."""
         frames = self.frames or frames
         if self.student is not None:
-            for problem in sampling_problems("specs/rollout.yaml", self.student_sampling, frames):
+            for problem in sampling_problems(self.student_sampling, frames):
                 yield ("student_sampling", *problem.path), problem.message, problem.hint
-            for problem in sampling_problems("specs/rollout.yaml", self.student_sampling, self.late_frames or frames):
+            for problem in sampling_problems(self.student_sampling, self.late_frames or frames):
                 if problem.path == ("frames_per_block",):
                     yield ("late_frames",), problem.message, problem.hint
         if self.teacher is not None:
-            for problem in sampling_problems("specs/sample_ode.yaml", self.teacher_sampling, frames):
+            for problem in sampling_problems(self.teacher_sampling, frames):
                 yield ("teacher_sampling", *problem.path), problem.message, problem.hint
+        if self.drift_every is not None and (self.late_frames or 0) <= frames:
+            message = f"drift is judged along a rollout of more than {frames} frames, found late_frames {self.late_frames}"
+            yield ("drift_every",), message, "make late_frames longer, or leave drift_every out"
 
 
 Row = dict[str, Any]
@@ -132,10 +139,28 @@ class DigitsEvaluator:
             row["late"] = dict(evaluate_clips(video[:, -self.frames :], prompts, classifier=classifier))
         return row
 
-    def student_row(self, port: Any) -> Row:
-        """Metrics of a student: its first window and, where asked for, its last in a long rollout (one rollout serves both)."""
+    def drift(self, video: Tensor, prompts: list[str]) -> dict[str, list[float]]:
+        """The three metrics of a window from every `drift_every` frames of a video on, its last window among them.
+
+        Returns:
+            `start`, the windows' first frames, and a list of the same length for each metric.
+        """
+        assert self.options.drift_every is not None
+        last = video.shape[1] - self.frames
+        starts = sorted({*range(0, last + 1, self.options.drift_every), last})
+        classifier = load_classifier("cpu")
+        found = [evaluate_clips(video[:, at : at + self.frames], prompts, classifier=classifier) for at in starts]
+        return {"start": list(starts), **{metric: [row[metric] for row in found] for metric in found[0]}}
+
+    def student_row(self, port: Any, *, drift: bool = False) -> Row:
+        """Metrics of a student: its first window and, where asked for, its last in a long rollout (one rollout serves both).
+
+        With `drift`, and where the options ask for it, `drift` holds those of the windows between.
+        """
         prompts = eval_prompts(self.options.clips)
-        return self.judge(self.student(port, self.options.late_frames or self.frames, prompts), prompts)
+        video = self.student(port, self.options.late_frames or self.frames, prompts)
+        row = self.judge(video, prompts)
+        return row | {"drift": self.drift(video, prompts)} if drift and self.options.drift_every else row
 
     def teacher_row(self, port: Any) -> Row:
         """Metrics of a teacher."""
@@ -151,7 +176,7 @@ class DigitsEvaluator:
         return row
 
     def write_samples(self, folder: Path, ports: dict[str, tuple[str, Any]]) -> dict[str, Tensor]:
-        """Writes a GIF, an MP4 and contact sheets of the same prompts by several models.
+        """Writes a GIF, an MP4 and contact sheets of the same prompts by several models; a student's long rollout as arrays, too.
 
         Args:
             folder: where to.
@@ -163,12 +188,19 @@ class DigitsEvaluator:
         folder.mkdir(parents=True, exist_ok=True)
         prompts = [prompt_text(digit, direction) for digit, direction in zip((3, 8, 0, 5, 7, 2), DIRECTIONS * 2, strict=False)]
         prompts = prompts[: self.options.sample_prompts]
+        if not prompts:
+            return {}
         videos = {
             caption: self.teacher(port, prompts, seed=7)
             if kind == "teacher"
-            else self.student(port, self.frames, prompts, seed=7)
+            else self.student(port, max(self.frames, self.options.late_frames or 0), prompts, seed=7)
             for caption, (kind, port) in ports.items()
         }
+        for caption, (kind, _) in ports.items():
+            if kind == "student":
+                frames = np.stack([to_uint8(video) for video in videos[caption]])
+                np.savez_compressed(folder / f"{caption}.npz", frames=frames, prompts=np.array(prompts))
+        videos = {caption: video[:, : self.frames] for caption, video in videos.items()}
         if not videos:
             return {}
         rows = [(prompt, [video[i] for video in videos.values()]) for i, prompt in enumerate(prompts)]

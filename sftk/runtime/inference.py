@@ -17,7 +17,7 @@ from sftk.models.weights import load_weights, read_config
 from sftk.runtime.checkpoint import last_checkpoint
 from sftk.runtime.evaluators import evaluation_options
 from sftk.runtime.port import Port
-from sftk.runtime.sampling import StudentSampling, sample_latents, student_graph
+from sftk.runtime.sampling import AnyStudentSampling, StudentSampling, sample_latents, student_graph
 from sftk.spec.convert import structure
 from sftk.spec.document import Document
 from sftk.spec.files import find_file
@@ -41,7 +41,7 @@ class Student:
     """
 
     port: Any
-    sampling: StudentSampling
+    sampling: AnyStudentSampling
     data: DataSource
     shape: tuple[int, int, int, int]
     weights: Path
@@ -116,7 +116,7 @@ def _last_stage(file: Path) -> tuple[str, Document, Recipe]:
     return name, document, structure(document, Recipe)
 
 
-def _sampling(document: Document, recipe: Recipe) -> tuple[StudentSampling, str | None]:
+def _sampling(document: Document, recipe: Recipe) -> tuple[AnyStudentSampling, str | None]:
     """How the run's student samples: as it was evaluated, else as the phases' rollouts are bound."""
     if recipe.eval is not None:
         options = evaluation_options(document, recipe)

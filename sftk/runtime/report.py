@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from sftk.errors import DataError
 from sftk.runtime.charts import line_chart
+from sftk.runtime.curves import drift_charts
+from sftk.runtime.page import decimals, fact_list, note, number, scrolling_table, section, table_head, words, write_page
 from sftk.runtime.tracking import read_metrics
 
 _ROWS = ("real", "teacher", "student_before", "student_after")
 _MARKED = "student_after"
 _GROUPS = {"late": "last 21 of 63 frames"}
-_FACTS = ("recipe", "device", "steps", "seconds", "seed", "seeds")
-_NAMES = {"seconds": "Time", "sftk": "sftk", "torch": "PyTorch"}
+_NO_ROWS = ("steps", "seconds", "evaluation", "drift")
 _TYPES = {".mp4": "video/mp4", ".gif": "image/gif", ".png": "image/png"}
 _EMBED_AT_MOST = 32 * 2**20
 
@@ -53,45 +52,17 @@ def write_report(run_dir: str | Path) -> Path:
     if recipe and not {"seed", "seeds"} & facts.keys() and (seed := re.search(r"^seed:\s*(\S+)", recipe, re.MULTILINE)):
         facts["seed"] = seed[1]
     title = str(facts.pop("recipe", None) or run_dir.resolve().name)
-    videos, sheets, left_out = _media(run_dir / "samples")
-    body = "\n".join(
-        [
-            f'<p class="eyebrow">sftk run report: {escape(run_dir.resolve().name)}</p>',
-            f"<h1>{escape(title)}</h1>",
-            _facts(facts),
-            _section("Results", _table(rows, summary) if rows else _note(problem or "The summary holds no metrics.")),
-            _section("Samples", *(videos or [_note("The run has no sample videos yet.")]), *sheets, *left_out),
-            _section("Training", *_curves(metrics)),
-            _section("Recipe", _recipe(recipe)),
-        ]
-    )
-    page = _PAGE.format(
-        title=escape(title), style=resources.files("sftk.runtime").joinpath("report.css").read_text("utf-8"), body=body
-    )
-    part = run_dir / "report.html.part"
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, run_dir / "report.html")
-    return run_dir / "report.html"
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:">
-<title>{title} · sftk</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+    videos, sheets, left_out = media_figures(run_dir / "samples")
+    drift = facts.pop("drift", None)
+    parts = [
+        fact_list(facts),
+        section("Results", _table(rows, summary) if rows else note(problem or "The summary holds no metrics.")),
+        *([section("Drift", drift_charts(drift))] if drift else []),
+        section("Samples", *(videos or [note("The run has no sample videos yet.")]), *sheets, *left_out),
+        section("Training", *_curves(metrics)),
+        section("Recipe", recipe_details(recipe) if recipe is not None else note("The run has no recipe.yaml.")),
+    ]
+    return write_page(run_dir / "report.html", title, f"sftk run report: {run_dir.resolve().name}", parts)
 
 
 def _summary(path: Path) -> tuple[dict[str, Any], str | None]:
@@ -106,7 +77,7 @@ def _summary(path: Path) -> tuple[dict[str, Any], str | None]:
 
 def _table_rows(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The entries that are rows: the known ones first, others only if they share a metric with those."""
-    like = {name: value for name, value in summary.items() if name not in (*_FACTS, "evaluation") and _is_row(value)}
+    like = {name: value for name, value in summary.items() if name not in _NO_ROWS and _is_row(value)}
     known = {name: like[name] for name in _ROWS if name in like}
     metrics = {metric for row in known.values() for metric in row}
     return known | {name: row for name, row in like.items() if not known or metrics & row.keys()}
@@ -134,79 +105,25 @@ def _table(rows: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any]) ->
     cells = {
         name: [(row.get(group) or {} if group else row).get(metric) for group, metric in flat] for name, row in rows.items()
     }
-    places = [_places(column) for column in zip(*cells.values(), strict=True)]
+    places = [decimals(column) for column in zip(*cells.values(), strict=True)]
     first = [' class="first"' if group and metric == columns[group][0] else "" for group, metric in flat]
-
-    head = "".join(f'<th scope="col"{mark}>{_metric(metric)}</th>' for (_, metric), mark in zip(flat, first, strict=True))
-    evaluation = summary.get("evaluation")
-    titles = _GROUPS | (evaluation if isinstance(evaluation, dict) else {})
-    groups = "".join(
-        f'<th colspan="{len(metrics)}"{" class=first" if group else ""}>{escape(str(titles.get(group, _words(group))))}</th>'
-        for group, metrics in columns.items()
-        if metrics
-    )
-    corner = f'<td rowspan="{1 + (len(columns) > 1)}"></td>'
-    header = f"<tr>{corner}{groups}</tr><tr>{head}</tr>" if len(columns) > 1 else f"<tr>{corner}{head}</tr>"
     body = ""
     for name, values in cells.items():
-        row = "".join(f"<td{mark}>{_number(v, p)}</td>" for v, p, mark in zip(values, places, first, strict=True))
+        row = "".join(f"<td{mark}>{number(v, p)}</td>" for v, p, mark in zip(values, places, first, strict=True))
         marked = ' class="mark"' if name == _MARKED else ""
-        body += f'<tr{marked}><th scope="row">{escape(_words(name))}</th>{row}</tr>\n'
-    return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Results"><table>'
-        f"<thead>{header}</thead>\n<tbody>\n{body}</tbody></table></div>"
-    )
+        body += f'<tr{marked}><th scope="row">{escape(words(name))}</th>{row}</tr>\n'
+    evaluation = summary.get("evaluation")
+    titles = _GROUPS | (evaluation if isinstance(evaluation, dict) else {})
+    return scrolling_table("Results", table_head(columns, titles), f"<tbody>\n{body}</tbody>")
 
 
-def _metric(name: str) -> str:
-    """A metric's name with the direction in which it is better, where the name tells."""
-    up, down = "accuracy" in name, any(word in name for word in ("frechet", "distance", "error", "loss"))
-    arrow = ' <span title="higher is better">↑</span>' if up else ' <span title="lower is better">↓</span>' if down else ""
-    return escape(_words(name).replace("Frechet", "Fréchet")) + arrow
+def media_figures(folder: Path) -> tuple[list[str], list[str], list[str]]:
+    """Figures of a folder's videos and of its images, and a sentence on files that were too many to embed.
 
-
-def _places(values: Iterable[Any]) -> int:
-    """Decimals for a column, which is read by comparing its rows: fewer where its largest value is large."""
-    largest = max((abs(float(value)) for value in values if value is not None and abs(float(value)) < float("inf")), default=0)
-    return 3 if largest < 10 else 1
-
-
-def _number(value: Any, places: int) -> str:
-    if value is None:
-        return '<span class="missing">–</span>'
-    value = float(value)
-    return f"{value:.2e}" if value and abs(value) < 10**-places else f"{value:,.{places}f}"
-
-
-def _facts(facts: Mapping[str, Any]) -> str:
-    ordered = [name for name in _FACTS if name in facts] + [name for name in facts if name not in _FACTS]
-    items = []
-    for name in ordered:
-        value = facts[name]
-        if name == "evaluation" and isinstance(value, dict):  # its nested options stand in the recipe below
-            value = {key: item for key, item in value.items() if item is not None and not isinstance(item, dict)}
-        text = _fact(value, seconds=name == "seconds")
-        wide = ' class="wide"' if len(text) > 24 else ""
-        items.append(f"<div{wide}><dt>{escape(_NAMES.get(name, _words(name)))}</dt><dd>{escape(text)}</dd></div>")
-    return f'<dl class="facts">{"".join(items)}</dl>' if items else ""
-
-
-def _fact(value: Any, seconds: bool = False) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{str(name).replace('_', ' ')} {_fact(item, seconds)}" for name, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_fact(item, seconds) for item in value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if seconds:
-        minutes, rest = divmod(round(value), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{value:.3g} s"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _media(folder: Path) -> tuple[list[str], list[str], list[str]]:
-    """Figures of the videos and of the images, and a sentence on files that were too many to embed."""
+    Example:
+        >>> media_figures(Path("no/such/folder"))
+        ([], [], [])
+    """
     paths = [path for path in folder.rglob("*") if path.suffix.lower() in _TYPES and path.is_file()]
     chosen: dict[tuple[Path, bool], Path] = {}
     for path in sorted(paths, key=lambda path: (path.suffix.lower() == ".mp4" and _plays(path), path.suffix.lower() == ".gif")):
@@ -221,7 +138,7 @@ def _media(folder: Path) -> tuple[list[str], list[str], list[str]]:
     videos = "".join(_figure(path, folder) for path in shown if path.suffix.lower() != ".png")
     sheets = [_figure(path, folder) for path in shown if path.suffix.lower() == ".png"]
     left = len(natural) - len(shown)
-    notes = [_note(f"Not embedded, to keep this page small: {left} more in samples/.")] if left else []
+    notes = [note(f"Not embedded, to keep this page small: {left} more in samples/.")] if left else []
     return [f'<div class="media">{videos}</div>'] if videos else [], sheets, notes
 
 
@@ -246,7 +163,7 @@ def _figure(path: Path, folder: Path) -> str:
 def _curves(metrics: list[dict[str, Any]]) -> list[str]:
     """Charts by stage; within one by phase, its losses first."""
     if not metrics:
-        return [_note("No step has been logged yet.")]
+        return [note("No step has been logged yet.")]
     stages: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for row in metrics:
         series = stages.setdefault(row["stage"], {})
@@ -262,23 +179,14 @@ def _curves(metrics: list[dict[str, Any]]) -> list[str]:
         last = max(step for steps, _ in series.values() for step in steps) if series else 0
         heading = [f"<h3>Stage {escape(stage)}, {last:,} steps</h3>"] if len(stages) > 1 else []
         out += [*heading, f'<div class="charts">{"".join(line_chart(name, *series[name]) for name in order)}</div>']
-    return [*out, _note("Faint: each step. Line: an average over about a twentieth of the steps.")]
+    return [*out, note("Faint: each step. Line: an average over about a twentieth of the steps.")]
 
 
-def _recipe(text: str | None) -> str:
-    if text is None:
-        return _note("The run has no recipe.yaml.")
+def recipe_details(text: str) -> str:
+    """A recipe, folded away.
+
+    Example:
+        >>> "2 lines" in recipe_details("version: 1\\nseed: 0")
+        True
+    """
     return f"<details><summary>Resolved recipe, {len(text.splitlines())} lines</summary><pre>{escape(text)}</pre></details>"
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
-
-
-def _note(sentence: str) -> str:
-    return f'<p class="note">{escape(sentence)}</p>'
-
-
-def _words(name: str) -> str:
-    words = re.sub(r"[_-]+", " ", name).strip()
-    return words[:1].upper() + words[1:]

@@ -158,12 +158,13 @@ class _Evaluation:
             before = self.run.read("student_before.json")
             if before is not None:
                 rows["student_before"] = before
-            rows["student_after"] = self.evaluator.student_row(port)
+            rows["student_after"] = self.evaluator.student_row(port, drift=True)
             samples["student"] = ("student", port)
         videos = self.evaluator.write_samples(self.run.samples, samples)
         for caption, video in videos.items():
             tracker.video(self.training.step, f"samples/{caption}", video[0].numpy(), 8)
-        return {"evaluation": unstructure(options), **rows}
+        drift = {name: row.pop("drift") for name, row in rows.items() if "drift" in row}
+        return {"evaluation": unstructure(options), **rows, **({"drift": drift} if drift else {})}
 
 
 def _tracker(stage: Stage, run: RunDir, done: int) -> MultiTracker:

@@ -1,9 +1,9 @@
-"""Videos from models: the student's cached few-step rollout, the teacher's many-step ODE."""
+"""Videos from models: a student's cached rollout in few or in many steps, the teacher's many-step ODE."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import attrs
 import torch
@@ -18,12 +18,15 @@ from sftk.spec.graphs import load_graph
 
 @attrs.frozen(kw_only=True)
 class StudentSampling:
-    """How a student samples; the names are those of `specs/rollout.yaml`.
+    """How a distilled student samples; the names are those of `specs/rollout.yaml`.
 
     Keys are rotated to their place in the cache (`rope: relative`), so that videos longer than the window stay in the range of
     positions that training saw.
     """
 
+    spec: ClassVar[str] = "specs/rollout.yaml"
+
+    method: Literal["few_step"] = "few_step"
     steps: tuple[float, ...] = (1000, 750, 500, 250)
     shift: float = 5.0
     warp: bool = True
@@ -37,37 +40,62 @@ class StudentSampling:
 
 
 @attrs.frozen(kw_only=True)
+class CausalOdeSampling:
+    """How a causal student that is not distilled samples, in many guided steps; the names are those of
+    `specs/sample_causal.yaml`."""
+
+    spec: ClassVar[str] = "specs/sample_causal.yaml"
+
+    method: Literal["causal_ode"]
+    steps: int = 50
+    shift: float = 5.0
+    guidance: float = 4.0
+    frames_per_block: int = 3
+    independent_first_frame: bool = False
+    context_noise: float = 0.0
+    window: int | None = None
+    sink: int = 0
+    rope: str = "relative"
+
+
+@attrs.frozen(kw_only=True)
 class TeacherSampling:
     """How a teacher samples; the names are those of `specs/sample_ode.yaml`."""
+
+    spec: ClassVar[str] = "specs/sample_ode.yaml"
 
     steps: int = 50
     shift: float = 5.0
     guidance: float = 4.0
 
 
-def sampling_problems(spec: str, sampling: StudentSampling | TeacherSampling, frames: int) -> tuple[Problem, ...]:
+AnyStudentSampling = StudentSampling | CausalOdeSampling
+"""What `student_sampling` may say; its `method` tells which."""
+
+
+def sampling_problems(sampling: AnyStudentSampling | TeacherSampling, frames: int) -> tuple[Problem, ...]:
     """What is wrong with sampling `frames` frames; a problem's path is the option's name.
 
     Example:
-        >>> [p.path for p in sampling_problems("specs/rollout.yaml", StudentSampling(steps=(250, 500)), 21)]
+        >>> [p.path for p in sampling_problems(StudentSampling(steps=(250, 500)), 21)]
         [('steps',)]
     """
     try:
-        load_graph(spec, attrs.asdict(sampling), frames=frames)
+        load_graph(sampling.spec, _params(sampling), frames=frames)
     except SpecError as error:
         return error.problems
     return ()
 
 
-def student_graph(sampling: StudentSampling) -> Graph:
+def student_graph(sampling: AnyStudentSampling) -> Graph:
     """The rollout of a student as a graph: all steps, no gradient.
 
     Example:
-        >>> student_graph(StudentSampling()).ports
-        ('denoiser',)
+        >>> student_graph(StudentSampling()).ports, student_graph(CausalOdeSampling(method="causal_ode", steps=2)).outputs
+        (('denoiser',), ('x0',))
     """
-    graph = Graph.from_spec("specs/rollout.yaml", last_step_only=True, **attrs.asdict(sampling))
-    return graph.subgraph(["x0"])
+    whole = {"last_step_only": True} if isinstance(sampling, StudentSampling) else {}
+    return Graph.from_spec(sampling.spec, **whole, **_params(sampling)).subgraph(["x0"])
 
 
 def teacher_graph(sampling: TeacherSampling) -> Graph:
@@ -77,7 +105,12 @@ def teacher_graph(sampling: TeacherSampling) -> Graph:
         >>> teacher_graph(TeacherSampling(steps=2)).outputs
         ('x0',)
     """
-    return Graph.from_spec("specs/sample_ode.yaml", **attrs.asdict(sampling))
+    return Graph.from_spec(sampling.spec, **_params(sampling))
+
+
+def _params(sampling: AnyStudentSampling | TeacherSampling) -> dict[str, Any]:
+    """The parameters of its spec."""
+    return {name: value for name, value in attrs.asdict(sampling).items() if name != "method"}
 
 
 @torch.no_grad()

@@ -94,9 +94,11 @@ def _mapping(converter: Converter, value: Any, kind: Any) -> Any:
 
 
 def _union(converter: Converter, value: Any, kind: Any) -> Any:
-    """The member of the value's own python type; of several (two classes, say), the first without or with fewest problems."""
+    """The member of the value's own python type; of several classes the one that a tag of theirs names, otherwise the first
+    without or with fewest problems."""
     fitting = [member for member in get_args(kind) if _fits(value, member)]
     _check(bool(fitting), kind, value)
+    fitting = _tagged(fitting, value)
     failures: list[list[Finding]] = []
     for member in sorted(fitting, key=lambda member: bare(member) is float and type(value) is int):
         findings: list[Finding] = []
@@ -105,6 +107,25 @@ def _union(converter: Converter, value: Any, kind: Any) -> Any:
             return done
         failures.append(findings)
     raise InvalidValue(min(failures, key=len))
+
+
+def _tagged(kinds: list[Any], value: Any) -> list[Any]:
+    """Of several classes that share a literal field, those whose literal is the value's, or is the default it leaves out."""
+    if len(kinds) < 2 or not all(isinstance(kind, type) and attrs.has(kind) for kind in kinds):
+        return kinds
+    literals = [
+        {key_of(field): field for field in attrs.fields(attrs.resolve_types(kind)) if origin_of(field.type) is Literal}
+        for kind in kinds
+    ]
+    for key in set.intersection(*map(set, literals)):
+        tags = [get_args(bare(fields[key].type)) for fields in literals]
+        try:
+            _check(key not in value or value[key] in sum(tags, ()), Literal[sum(tags, ())], value.get(key))
+        except InvalidValue as error:
+            raise InvalidValue([_droppable(f.under(key), literals[0]) for f in error.findings]) from None
+        named = [value.get(key, fields[key].default) in tag for fields, tag in zip(literals, tags, strict=True)]
+        return [kind for kind, fits in zip(kinds, named, strict=True) if fits] or kinds
+    return kinds
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -7,7 +7,7 @@ import torch
 
 from sftk.core import Graph
 from sftk.errors import SpecError
-from sftk.functional import ode_step, plan_ode
+from sftk.functional import Key, KVCache, commit_context, ode_step, plan_blocks, plan_ode
 from sftk.functional.plan import Step
 
 
@@ -66,3 +66,80 @@ def test_plan():
     assert [a.next_timestep for a in plan[:-1]] == [b.timestep for b in plan[1:]]
     with pytest.raises(SpecError, match="a solver takes at least 1 step, found 0"):
         Graph([plan_ode.node(steps=0)], inputs=())
+
+
+# Block by block
+
+
+def causal(state, denoiser, **params):
+    return Graph.from_spec("specs/sample_causal.yaml", **({"rope": "relative", "frames_per_block": 2} | params))(
+        state, {"denoiser": denoiser}
+    )["x0"]
+
+
+def clip(randn, frames: int = 6):
+    embeds = {name: randn(2, 4, 8) for name in ("prompt_embeds", "negative_embeds")}
+    return {"noise": randn(2, frames, 4, 4, 4), "key": Key(seed=0, samples=(0, 1)), **embeds}
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("rope", ["absolute", "relative"])
+def test_one_block_equals_the_bidirectional_sampler(make_model, randn, guidance, rope):
+    model, state = make_model(), clip(randn, frames=3)
+    found = causal(state, model, steps=4, shift=3.0, guidance=guidance, frames_per_block=3, rope=rope)
+    torch.testing.assert_close(found, sample(state, model, 4, shift=3.0, guidance=guidance), rtol=1e-9, atol=1e-11)
+
+
+def test_first_block_does_not_depend_on_what_follows_and_the_others_on_what_came_before(make_model, randn):
+    model, state = make_model(), clip(randn)
+    whole = causal(state, model, steps=2, guidance=2.0)
+    short = causal(state | {"noise": state["noise"][:, :2]}, model, steps=2, guidance=2.0)
+    torch.testing.assert_close(whole[:, :2], short, rtol=1e-9, atol=1e-11)
+    changed = state | {"noise": torch.cat([-state["noise"][:, :2], state["noise"][:, 2:]], 1)}
+    assert (causal(changed, model, steps=2, guidance=2.0)[:, 2:] - whole[:, 2:]).abs().amax((0, 2, 3, 4)).min() > 1e-4
+
+
+def test_one_step_without_guidance_equals_a_one_step_rollout(make_model, randn):
+    """From sigma 1 to 0 Euler's method gives `noise - flow`, the x0 of the only step of a rollout."""
+    model, state = make_model(), clip(randn)
+    rollout = Graph.from_spec("specs/rollout.yaml", steps=(1000,), frames_per_block=2, window=4, rope="relative")
+    given = {name: state[name] for name in ("noise", "prompt_embeds", "key")}
+    with torch.no_grad():
+        expected = rollout(given, {"denoiser": model})["x0"]
+        found = causal(state, model, steps=1, guidance=1.0, window=4)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_each_pass_has_the_context_of_its_own_condition(make_model, randn):
+    """Written out by hand: two caches, of the same clean block under two prompts."""
+    model, state = make_model(), clip(randn, frames=4)
+    blocks, _ = plan_blocks(state["noise"], frames_per_block=2)
+    caches = {name: KVCache(rope="relative") for name in ("prompt_embeds", "negative_embeds")}
+    found = []
+    with torch.no_grad():
+        for block in blocks:
+            x = state["noise"][:, block.offset : block.offset + 2]
+            for step in plan_ode(steps=3, shift=5.0):
+                times = torch.full((2, 2), step.timestep, dtype=x.dtype)
+                cond, uncond = (model(x, times, state[n], cache=caches[n], positions=block.positions)[0] for n in caches)
+                x = x + (step.next_timestep - step.timestep) / 1000 * (uncond + 3.0 * (cond - uncond))
+            caches = {n: commit_context(model, x, caches[n], state["key"], block, state[n]) for n in caches}
+            found.append(x)
+        whole = causal(state, model, steps=3, guidance=3.0)
+    torch.testing.assert_close(whole, torch.cat(found, 1), rtol=1e-9, atol=1e-11)
+
+
+def test_window_and_positions_of_a_long_video():
+    seen = []
+
+    def spy(latents, timestep, prompt_embeds, *, cache=None, positions=None, **_):
+        seen.append((timestep[0, 0].item(), cache.positions, positions))
+        kv = latents.flatten(2)[:, :, None]
+        return latents, ((kv, kv, kv, kv),), ()
+
+    state = {"noise": torch.zeros(1, 8, 1, 1, 1), "key": Key(seed=0, samples=(0,))}
+    state |= {"prompt_embeds": torch.zeros(1, 1, 1), "negative_embeds": torch.zeros(1, 1, 1)}
+    causal(state, spy, steps=1, guidance=2.0, window=5, sink=1)
+    last = [call for call in seen if call[2] == (6, 7)]
+    assert last == [(1000.0, (0, 4, 5), (6, 7))] * 2
+    assert [call[0] for call in seen] == [1000.0, 1000.0, 0.0, 0.0] * 3 + [1000.0, 1000.0]

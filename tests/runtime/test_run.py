@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from sftk.cli import main
 from sftk.errors import SftkError, SpecError
@@ -97,6 +99,7 @@ eval:
   use: digits
   with: {student: generator, clips: 2, late_frames: null, sample_prompts: 1, student_sampling: {steps: [1000], shift: 3.0}}
 checkpoint"""
+STEPS = "method: causal_ode, steps: 2, frames_per_block: 2"
 
 
 def test_the_student_is_judged_before_and_after(tiny, train):
@@ -110,6 +113,27 @@ def test_the_student_is_judged_before_and_after(tiny, train):
     again = train(tiny("checkpoint", EVAL), "train.steps=2", resume=True).read("summary.json")
     rows = ("real", "student_before", "student_after")
     assert {name: again[name] for name in rows} == {name: summary[name] for name in rows}
+
+
+def test_drift_along_the_long_rollout(tiny, train):
+    options = ("checkpoint", EVAL, "late_frames: null", "late_frames: 14, drift_every: 3", "steps: [1000]", STEPS)
+    run = train(tiny(*options), "train.steps=1")
+    summary = run.read("summary.json")
+    drift, row = summary["drift"]["student_after"], summary["student_after"]
+    assert drift["start"] == [0, 3, 6, 8]
+    for metric in ("digit_accuracy", "direction_accuracy", "frechet"):
+        assert len(drift[metric]) == 4
+        assert (drift[metric][0], drift[metric][-1]) == (row[metric], row["late"][metric])
+    assert summary["drift"].keys() == {"student_after"}
+    assert "drift" not in run.read("student_before.json") | row
+    saved = np.load(run.samples / "student.npz")
+    assert (saved["frames"].shape, saved["frames"].dtype) == ((1, 14, 16, 16), np.uint8)
+    assert list(saved["prompts"]) == ["a 3 moving left"]
+    report = (run.root / "report.html").read_text()
+    assert "<h2>Drift</h2>" in report
+    assert report.count('class="curve c0"') == 3
+    with Image.open(run.samples / "side_by_side.gif") as gif:
+        assert gif.n_frames <= 6
 
 
 def test_stages_through_the_command(tiny, tmp_path, monkeypatch):
