@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,8 @@ class Step:
     next_timestep: float | None = None
 
 
-@attrs.frozen(kw_only=True)
+# A dataclass, not attrs: torch.compile can trace its construction.
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Block:
     """One block of a rollout.
 
@@ -210,7 +212,7 @@ def plan_rollout(
         exits = key.integers(name, 0, len(entries), 1 if same_step_across_blocks else len(plain))
         exits = exits * len(plain) if same_step_across_blocks else exits
     blocks = tuple(
-        attrs.evolve(block, lead=entries[:leave], exit=entries[leave], grad=block.start >= grad_from)
+        dataclasses.replace(block, lead=entries[:leave], exit=entries[leave], grad=block.start >= grad_from)
         for block, leave in zip(plain, exits, strict=True)
     )
     same = same_step_across_blocks or last_step_only

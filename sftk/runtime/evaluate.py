@@ -176,7 +176,7 @@ class DigitsEvaluator:
         return row
 
     def write_samples(self, folder: Path, ports: dict[str, tuple[str, Any]]) -> dict[str, Tensor]:
-        """Writes a GIF, an MP4 and contact sheets of the same prompts by several models; a student's long rollout as arrays, too.
+        """Writes a GIF, an MP4 and contact sheets of the same prompts by several models; a student's long rollout as an array.
 
         Args:
             folder: where to.
