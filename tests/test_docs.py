@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import re
 import shlex
 from pathlib import Path
@@ -14,7 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from sftk.cli import main
-from sftk.data.sources import SOURCES
+from sftk.data.ode_pairs import PairSolver, PairTeacher
+from sftk.data.sources import SOURCES, option_default
 from sftk.models.config import WanConfig
 from sftk.runtime.evaluate import DigitsEvaluation
 from sftk.runtime.sampling import CausalOdeSampling, StudentSampling, TeacherSampling
@@ -32,6 +32,8 @@ SECTIONS: dict[str, Any] = {
     "Recipe": schema.Recipe,
     "latents": schema.LatentsSection,
     "data": schema.DataSection,
+    "data.with.teacher": PairTeacher,
+    "data.with.solver": PairSolver,
     "models": schema.ModelSection,
     "size": WanConfig,
     "optimizers": schema.OptimizerSection,
@@ -152,8 +154,7 @@ def test_every_key_of_a_recipe_is_documented_with_its_default(heading: str):
 
 def test_every_data_set_is_documented_with_its_options():
     documented = {(name, option): default for name, option, default, _ in rows(read("docs/recipes.md"), "data set")}
-    made = {name: inspect.signature(found.make).parameters for name, found in SOURCES.items()}
-    expected = {(name, o): shown(made[name][o].default) for name, found in SOURCES.items() for o in found.options}
+    expected = {(name, o): shown(option_default(name, o)) for name, found in SOURCES.items() for o in found.options}
     assert documented == expected
 
 

@@ -238,9 +238,9 @@ def collate(items: Sequence[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
     if isinstance(items, dict):
         return items
     columns = {key: [item[key] for item in items] for key in items[0]}
-    prompts = columns.pop("prompt")
-    stacked = {key: torch.stack([torch.as_tensor(value) for value in values]) for key, values in columns.items()}
-    return stacked | {"prompt": prompts}
+    texts = {key: values for key, values in columns.items() if isinstance(values[0], str)}
+    stacked = {key: torch.stack([torch.as_tensor(v) for v in values]) for key, values in columns.items() if key not in texts}
+    return stacked | texts
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,10 +10,18 @@ import attrs
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from sftk.core.options import describe, describe_value, matches
+from sftk.data.choices import Finding, call, choice_findings, option_findings, options_of
+from sftk.data.codecs import CODECS, make_codec
 from sftk.data.digits import DigitClips, collate, decode_latents, embed_prompts
+from sftk.data.embedders import EMBEDDERS, make_embedder
+from sftk.data.image_captions import ImageCaptions, image_shapes
+from sftk.data.ode_pairs import PairPlan, open_pairs, pairs_shapes, plan_findings
+from sftk.data.prompts import Prompts, prompts_shapes
 from sftk.data.random_clips import RandomClips
-from sftk.errors import SpecError, did_you_mean
+from sftk.data.stored import StoredLatents, latents_shapes
+from sftk.errors import DataError, SpecError, did_you_mean
+
+TEXT_KEYS = ("prompt_embeds", "negative_embeds")
 
 
 @attrs.frozen(kw_only=True)
@@ -25,48 +32,99 @@ class DataSource:
         make: `make(frames=..., seed=..., **options)` returns a map-style data set whose samples depend on their index alone.
         collate: samples to a batch, a mapping of tensors and lists.
         keys: tensors of a batch that graphs can read.
-        embed: prompts to embeddings [B, L, D]; the empty prompt is the unconditional one. None when it has no texts.
+        embed: prompts to embeddings [B, L, D]; the empty prompt is the unconditional one. None when it has no texts, or when
+            its option `text` says how.
         decode: latents [B, F, C, H, W] to frames in [0, 1], [B, F, H, W] or [B, F, 3, H, W].
         fps: frames a second at which its videos are shown.
         sample_shape: channels, height and width of its latents, or None when they depend on the data.
         needs_shape: `make` takes channels, height and width as well.
+        settings: an attrs class of the options; `make` then takes an instance as its first argument.
+        shapes: `shapes(frames=..., channels=..., height=..., width=..., **options)` gives the shapes of a sample's tensors
+            without reading anything; None when making a sample is cheap.
+        findings: what is wrong with `settings` besides the types of its values.
+        files: options that name files, as paths into the options.
     """
 
     make: Callable[..., Any]
-    collate: Callable[[Any], dict[str, Any]]
+    collate: Callable[[Any], dict[str, Any]] = collate
     keys: tuple[str, ...]
     embed: Callable[..., Tensor] | None = None
     decode: Callable[[Tensor], Tensor] | None = None
     fps: int = 16
     sample_shape: tuple[int, int, int] | None = None
     needs_shape: bool = False
+    settings: type[Any] | None = None
+    shapes: Callable[..., dict[str, tuple[int, ...]]] | None = None
+    findings: Callable[[Any], Iterator[Finding]] | None = None
+    files: tuple[tuple[str, ...], ...] = ()
 
     def build(self, *, frames: int, channels: int, height: int, width: int, seed: int, options: Mapping[str, Any]) -> Any:
-        """The data set for latents of this size."""
+        """The data set for latents of this size.
+
+        Raises:
+            DataError: an option is wrong, or the data cannot be used.
+        """
         shape = {"channels": channels, "height": height, "width": width} if self.needs_shape else {}
-        return self.make(frames=frames, seed=seed, **shape, **options)
+        if self.settings is not None:
+            return self.make(call("data", self.settings, options), frames=frames, seed=seed, **shape)
+        return call("data", self.make, options, frames=frames, seed=seed, **shape)
+
+    def sample_shapes(
+        self, *, frames: int, channels: int, height: int, width: int, options: Mapping[str, Any]
+    ) -> dict[str, tuple[int, ...]] | None:
+        """Shapes of a sample's tensors, where they are known without reading the data."""
+        if self.shapes is None:
+            return None
+        shape = {"frames": frames, "channels": channels, "height": height, "width": width}
+        if self.settings is not None:
+            return self.shapes(call("data", self.settings, options), **shape)
+        return self.shapes(**shape, **options)
+
+    def for_options(self, options: Mapping[str, Any]) -> DataSource:
+        """This data set with the embedder and the codec that its options name.
+
+        Example:
+            >>> source("prompts").for_options({"text": "digits"}).embed(["a 3 moving left"]).shape
+            torch.Size([1, 4, 32])
+        """
+        embed = make_embedder(options["text"]) if "text" in options and "text" in self.options else self.embed
+        decode = make_codec(options["codec"]).decode if options.get("codec") and "codec" in self.options else self.decode
+        return attrs.evolve(self, embed=embed, decode=decode)
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Arguments of `make` that are no options."""
+        return () if self.settings else ("frames", "seed", *(("channels", "height", "width") if self.needs_shape else ()))
 
     @property
     def options(self) -> dict[str, Any]:
         """Options that a recipe may set, with their annotations."""
-        hints = typing.get_type_hints(self.make.__init__ if inspect.isclass(self.make) else self.make)
-        names = inspect.signature(self.make).parameters
-        given = ("frames", "seed", *(("channels", "height", "width") if self.needs_shape else ()))
-        return {name: hints.get(name, Any) for name in names if name not in given}
+        return options_of(self.settings or self.make, self.given)
 
 
 SOURCES: dict[str, DataSource] = {
     "digits": DataSource(
         make=DigitClips,
-        collate=collate,
-        keys=("latents", "prompt_embeds", "negative_embeds"),
+        keys=("latents", *TEXT_KEYS),
         embed=embed_prompts,
         decode=decode_latents,
         fps=8,
         sample_shape=(4, 8, 8),
     ),
-    "random": DataSource(
-        make=RandomClips, collate=default_collate, keys=("latents", "prompt_embeds", "negative_embeds"), needs_shape=True
+    "random": DataSource(make=RandomClips, collate=default_collate, keys=("latents", *TEXT_KEYS), needs_shape=True),
+    "prompts": DataSource(make=Prompts, keys=TEXT_KEYS, shapes=prompts_shapes, files=(("path",), ("extended",))),
+    "latents": DataSource(make=StoredLatents, keys=("latents", *TEXT_KEYS), needs_shape=True, shapes=latents_shapes),
+    "image_captions": DataSource(
+        make=ImageCaptions, keys=("initial_latents", *TEXT_KEYS), needs_shape=True, shapes=image_shapes, files=(("path",),)
+    ),
+    "ode_pairs": DataSource(
+        make=open_pairs,
+        keys=("ode_latents", "latents", *TEXT_KEYS),
+        needs_shape=True,
+        settings=PairPlan,
+        shapes=pairs_shapes,
+        findings=plan_findings,
+        files=(("teacher", "weights"),),
     ),
 }
 """Data sets by name; a plugin may add its own."""
@@ -92,9 +150,7 @@ def data_keys(name: str) -> tuple[str, ...]:
     return SOURCES[name].keys if name in SOURCES else ()
 
 
-def data_problems(
-    name: str, options: Mapping[str, Any], frames: int, shape: tuple[int, int, int]
-) -> Iterator[tuple[tuple[str, ...], str, str | None]]:
+def data_problems(name: str, options: Mapping[str, Any], frames: int, shape: tuple[int, int, int]) -> Iterator[Finding]:
     """What is wrong with a recipe's data section: (path, message, hint).
 
     Example:
@@ -105,11 +161,48 @@ def data_problems(
         yield ("use",), f"unknown data set {name!r}", did_you_mean(name, SOURCES)
         return
     found = SOURCES[name]
-    for key, value in options.items():
-        if key not in found.options:
-            yield ("with", key), f"{name} has no option {key!r}", did_you_mean(key, found.options)
-        elif not matches(value, found.options[key]):
-            wanted, got = describe(found.options[key]), describe_value(value)
-            yield ("with", key), f"the option {key!r} of {name} takes {wanted}, found {got}", None
+    wrong = list(option_findings(name, found.settings or found.make, options, found.given))
+    for path, message, hint in (*wrong, *_named(found, options, frames, shape)):
+        yield ("with", *path), message, hint
     if found.sample_shape is not None and found.sample_shape != shape:
         yield (), f"{name} has latents of {found.sample_shape}, the recipe says {shape} (channels, height, width)", None
+    if found.settings is not None and not wrong:
+        try:
+            settings = call(name, found.settings, options)
+        except DataError as error:
+            yield ("with",), str(error), None
+            return
+        for path, message, hint in found.findings(settings) if found.findings else ():
+            yield ("with", *path), message, hint
+
+
+def _named(found: DataSource, options: Mapping[str, Any], frames: int, shape: tuple[int, int, int]) -> Iterator[Finding]:
+    """What is wrong with options that name an embedder, a codec or another data set."""
+    for option, kind, registry in (("text", "text embedder", EMBEDDERS), ("codec", "codec", CODECS)):
+        if option in found.options and isinstance(options.get(option), str | Mapping):
+            for path, message, hint in choice_findings(kind, registry, options[option]):
+                yield (option, *path), message, hint
+    inner = options.get("source")
+    if "source" in found.options and isinstance(inner, Mapping):
+        for key in inner:
+            if key not in ("use", "with"):
+                yield ("source", key), f"a source has no key {key!r}", "expected `use` and `with`"
+        for path, message, hint in data_problems(str(inner.get("use")), inner.get("with") or {}, frames, shape):
+            yield ("source", *path), message, hint
+
+
+def option_default(name: str, option: str) -> Any:
+    """The default of a data set's option: a value, an attrs factory, or `attrs.NOTHING` when it must be given.
+
+    Example:
+        >>> option_default("digits", "size")
+        65536
+    """
+    found = SOURCES[name]
+    if found.settings is not None:
+        return attrs.fields_dict(found.settings)[option].default
+    default = inspect.signature(found.make).parameters[option].default
+    return attrs.NOTHING if default is inspect.Parameter.empty else default
+
+
+__all__ = ["SOURCES", "DataSource", "data_keys", "data_problems", "option_default", "source"]

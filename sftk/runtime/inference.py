@@ -98,7 +98,7 @@ def load_student(path: Path, *, role: str | None = None, device: torch.device | 
     return Student(
         port=Port(model, None),
         sampling=sampling,
-        data=source(recipe.data.use),
+        data=source(recipe.data.use).for_options(recipe.data.with_),
         shape=(latents.frames, latents.channels, latents.height, latents.width),
         weights=weights,
         device=device,

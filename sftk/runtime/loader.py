@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -13,16 +14,21 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from sftk.data.sources import source
 from sftk.errors import DataError
+from sftk.spec.data_files import found_files
 from sftk.spec.schema import Recipe
 
 
 class EndlessBatches(Sampler[list[int]]):
     """Index batches without end: each epoch is a permutation keyed by the seed and the epoch; a batch may span two.
 
+    With several ranks, `world` batches lie one after the other in the permutation and each rank takes its own: sample i
+    of micro-batch m on rank r is sample `(m world + r) batch + i` of the global batch.
+
     Args:
         size: samples of the data set.
-        batch: samples of a batch.
+        batch: samples of a batch on one rank.
         seed: of the permutations.
+        rank, world: which of how many ranks this is.
 
     Example:
         >>> batches = iter(EndlessBatches(4, 3, seed=0))
@@ -30,26 +36,28 @@ class EndlessBatches(Sampler[list[int]]):
         [0, 1, 2, 3]
     """
 
-    def __init__(self, size: int, batch: int, seed: int):
+    def __init__(self, size: int, batch: int, seed: int, rank: int = 0, world: int = 1):
         if size < 1:
             raise DataError("the data set is empty; expected at least one sample")
         self.size, self.batch, self.seed, self.position = size, batch, seed, 0
+        self.rank, self.world = rank, world
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, torch.empty(0)
         while True:
             indices = []
-            for place in range(self.position, self.position + self.batch):
+            first = self.position + self.rank * self.batch
+            for place in range(first, first + self.batch):
                 if place // self.size != epoch:
                     epoch = place // self.size
                     generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
                     order = torch.randperm(self.size, generator=generator)
                 indices.append(int(order[place % self.size]))
-            self.position += self.batch
+            self.position += self.batch * self.world
             yield indices
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch begins."""
+        """Where the next batches begin, the same on every rank."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -57,23 +65,26 @@ class EndlessBatches(Sampler[list[int]]):
         self.position = state["position"]
 
 
-def make_loader(recipe: Recipe) -> StatefulDataLoader:
+def make_loader(recipe: Recipe, beside: Path | None = None, *, rank: int = 0, world: int = 1) -> StatefulDataLoader:
     """The loader of a stage: batches of `batch.per_rank` samples, without end.
 
     Args:
         recipe: names the data set, its options, workers and the batch.
+        beside: the recipe's file, for files that the options name.
+        rank, world: which of how many ranks reads.
 
     Raises:
         DataError: the data set is empty or broken.
     """
     found = source(recipe.data.use)
-    data = found.build(**attrs.asdict(recipe.latents), seed=recipe.seed, options=recipe.data.with_)
+    options = found_files(recipe.data.use, recipe.data.with_, beside)
+    data = found.build(**attrs.asdict(recipe.latents), seed=recipe.seed, options=options)
     batch = recipe.batch.per_rank or recipe.batch.global_
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
         return StatefulDataLoader(
             data,
-            batch_sampler=EndlessBatches(len(data), batch, recipe.seed),
+            batch_sampler=EndlessBatches(len(data), batch, recipe.seed, rank, world),
             collate_fn=found.collate,
             num_workers=recipe.data.workers,
         )

@@ -73,9 +73,14 @@ def _meta_batch(stage: Stage) -> dict[str, Any]:
     recipe = stage.recipe
     size = recipe.batch.per_rank or recipe.batch.global_
     data = source(recipe.data.use)
-    samples = data.build(**attrs.asdict(recipe.latents), seed=recipe.seed, options=recipe.data.with_)
-    batch = data.collate([samples[i % len(samples)] for i in range(size)])
-    values = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in batch.items()}
+    options = recipe.data.with_
+    shapes = data.sample_shapes(**attrs.asdict(recipe.latents), options=options)
+    if shapes is not None:
+        values: dict[str, Any] = {key: torch.empty(size, *shape, device="meta") for key, shape in shapes.items()}
+    else:
+        samples = data.build(**attrs.asdict(recipe.latents), seed=recipe.seed, options=options)
+        batch = data.collate([samples[i % len(samples)] for i in range(size)])
+        values = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in batch.items()}
     shape = LatentShape(
         frames=recipe.latents.frames,
         channels=recipe.latents.channels,

@@ -51,7 +51,7 @@ class StageRun:
 
     def __attrs_post_init__(self) -> None:
         self.built = build_stage(self.stage, pick_device(self.stage.recipe.device), self.earlier)
-        self.loader = make_loader(self.stage.recipe)
+        self.loader = make_loader(self.stage.recipe, self.stage.path)
 
     @property
     def done(self) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sftk.core.graph import Graph
 from sftk.data.sources import SOURCES, data_keys, data_problems
 from sftk.errors import Problem, SpecError, did_you_mean
+from sftk.spec.data_files import named_files
 from sftk.spec.document import Document
 from sftk.spec.files import find_file
 from sftk.spec.schema import PLAIN_NAME, PhaseSection, Recipe
@@ -109,6 +110,12 @@ class Checks:
             data.use, data.with_, shape.frames, (shape.channels, shape.height, shape.width)
         ):
             self._say(("data", *path), message, hint)
+        for path, name in named_files(data.use, data.with_):
+            try:
+                find_file(name, self.path)
+            except SpecError as error:
+                for problem in error.problems:
+                    self._say(("data", "with", *path), problem.message, problem.hint)
 
     def _names(self) -> None:
         names = [phase.name for phase in self.recipe.phases]

@@ -17,6 +17,7 @@ from sftk.errors import Problem, SpecError
 from sftk.spec.checks import Checks
 from sftk.spec.compat import compat_defaults
 from sftk.spec.convert import structure_what_fits
+from sftk.spec.data_files import change_files
 from sftk.spec.document import Document, KeyPath
 from sftk.spec.dump import dump_yaml
 from sftk.spec.files import find_file, search_roots, show_path
@@ -54,6 +55,8 @@ class Stage:
         for model in value["models"].values():
             if isinstance(model.get("weights"), str):
                 model["weights"] = self._whole(model["weights"])
+        if value["data"].get("with"):
+            value["data"]["with"] = change_files(value["data"]["use"], value["data"]["with"], self._whole)
         if value.get("plugins"):
             value["plugins"] = [self._whole(name) if name.endswith(".py") else name for name in value["plugins"]]
         return value

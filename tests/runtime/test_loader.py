@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from sftk.data.lmdb_store import LatentStore, write_store
 from sftk.errors import DataError
 from sftk.runtime.loader import EndlessBatches, make_loader
 from sftk.spec.recipe import load_recipe
@@ -40,6 +41,18 @@ def test_an_empty_data_set():
         EndlessBatches(0, 1, seed=0)
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_take_disjoint_parts_of_each_global_batch(world):
+    whole = take(EndlessBatches(11, 2 * world, seed=4), 8)
+    ranks = [take(EndlessBatches(11, 2, 4, rank, world), 8) for rank in range(world)]
+    assert [list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)] == whole
+    sampler = EndlessBatches(11, 2, 4, world - 1, world)
+    take(sampler, 3)
+    again = EndlessBatches(11, 2, 4, world - 1, world)
+    again.load_state_dict(sampler.state_dict())
+    assert take(again, 5) == ranks[-1][3:]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("done", [0, 1, 5])
 def test_resumed_in_the_middle_of_an_epoch(tiny, workers, done):
@@ -60,3 +73,47 @@ def test_workers_read_the_same_batches(tiny):
     recipes = [load_recipe(tiny(), [f"data.workers={workers}"])[0].recipe for workers in (0, 2)]
     plain, worked = ([batch["prompt"] for batch in itertools.islice(make_loader(recipe), 5)] for recipe in recipes)
     assert plain == worked
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store of 23 clips in three shards; the value of each is its number."""
+    path = tmp_path_factory.mktemp("store") / "clips"
+    clips = [(torch.full((6, 4, 8, 8), float(i)), f"a {i % 10} moving left") for i in range(23)]
+    write_store(path, clips, shards=3)
+    return path
+
+
+def numbers(batch):
+    return batch["latents"][:, 0, 0, 0, 0].int().tolist()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_a_store_resumed_in_the_middle_of_an_epoch(tiny, store, workers):
+    change = "use: digits, with: {split: train, size: 7}", f"use: latents, with: {{path: {store}, text: digits}}"
+    (stage,) = load_recipe(tiny(*change), [f"data.workers={workers}"])
+    whole = make_loader(stage.recipe)
+    wanted = [numbers(batch) for batch in itertools.islice(whole, 30)]
+    assert sorted(list(itertools.chain(*wanted))[:23]) == list(range(23))
+    for done in (1, 5, 14):
+        first, batches = make_loader(stage.recipe), []
+        for batch in first:
+            batches.append(numbers(batch))
+            if len(batches) == done:
+                break
+        again = make_loader(stage.recipe)
+        again.load_state_dict(first.state_dict())
+        found = list(itertools.islice(again, 6))
+        assert batches + [numbers(batch) for batch in found] == wanted[: done + 6]
+        assert found[0]["prompt"] == [f"a {n % 10} moving left" for n in numbers(found[0])]
+
+
+def test_workers_survive_a_fork_after_the_store_was_read(tiny, store):
+    assert LatentStore.open(store)[0][1] == "a 0 moving left"
+    change = "use: digits, with: {split: train, size: 7}", f"use: latents, with: {{path: {store}, text: digits}}"
+    (stage,) = load_recipe(tiny(*change), ["data.workers=2"])
+    reader = LatentStore.open(store)
+    assert reader[3][1] == "a 9 moving left"
+    assert len(list(itertools.islice(make_loader(stage.recipe), 4))) == 4
+    assert reader[1][1] == "a 3 moving left"
