@@ -9,6 +9,7 @@ import click
 
 import sftk
 from sftk.cli.check import check
+from sftk.cli.data import data
 from sftk.cli.export import export
 from sftk.cli.run import run
 from sftk.cli.sample import sample
@@ -47,5 +48,5 @@ def main() -> None:
     """Distil a video diffusion teacher into a fast, causal, streaming student."""
 
 
-for command in (run, check, show, sample, export):
+for command in (run, check, show, sample, export, data):
     main.add_command(command)

@@ -176,6 +176,19 @@ def record_problem(transaction: Any, header: Header, index: int) -> str | None:
     return None
 
 
+def check_about(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Checks what an environment says about how its records were made; nothing wanted or nothing found passes.
+
+    Raises:
+        DataError: they differ.
+    """
+    wanted = json.loads(_json(wanted))
+    differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+    if found and wanted and differing:
+        shown = "; ".join(f"{key} was {found.get(key)!r}, is now {wanted.get(key)!r}" for key in differing)
+        raise DataError(f"{folder} was made with other settings: {shown}; take another folder, or remove this one")
+
+
 class ShardWriter:
     """Appends records to one environment. A batch is one transaction: after a crash all of it is there, or nothing.
 
@@ -224,11 +237,7 @@ class ShardWriter:
         if header.shape != self.shape:
             raise DataError(f"{self.folder} holds records of {list(header.shape)}, expected {list(self.shape)}")
         found = {} if text is None else json.loads(text)
-        wanted = json.loads(_json(about))
-        differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-        if about and differing:
-            shown = "; ".join(f"{key} was {found.get(key)!r}, is now {wanted.get(key)!r}" for key in differing)
-            raise DataError(f"{self.folder} was made with other settings: {shown}; take another folder, or remove this one")
+        check_about(self.folder, found, about)
         return header.count
 
     def append(self, latents: Sequence[Tensor], prompts: Sequence[str], extra: Mapping[bytes, bytes] | None = None) -> None:

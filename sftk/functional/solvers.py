@@ -61,6 +61,7 @@ def ode_step(
     block: Block | None = None,
     cache: KVCache | None = None,
     negative_cache: KVCache | None = None,
+    given_frames: Tensor | None = None,
     *,
     scale: float = 1.0,
 ):
@@ -71,6 +72,7 @@ def ode_step(
         prompt_embeds, negative_embeds: [B, L, D].
         block: says where a causal model's frames stand; None is a bidirectional pass over all frames.
         cache, negative_cache: the context as the conditional and the unconditional pass see it; not changed.
+        given_frames: [B, F0, C, H, W] clean frames that a bidirectional pass begins with: they stand at timestep 0 and stay.
         scale: guidance; 1 makes one pass only.
 
     Returns:
@@ -83,11 +85,14 @@ def ode_step(
         torch.Size([1, 3, 4, 2, 2])
     """
     assert step.next_timestep is not None
-    timestep = frame_timesteps(noisy, step.timestep)
+    timestep, after = frame_timesteps(noisy, step.timestep), frame_timesteps(noisy, step.next_timestep)
+    if given_frames is not None:
+        count = given_frames.shape[1]
+        noisy = torch.cat([given_frames, noisy[:, count:]], dim=1)
+        timestep, after = (torch.cat([torch.zeros_like(t[:, :count]), t[:, count:]], dim=1) for t in (timestep, after))
     positions = None if block is None else block.positions
     flow = denoiser(noisy, timestep, prompt_embeds, cache=cache, positions=positions)[0]
     if scale != 1.0:
         uncond = denoiser(noisy, timestep, negative_embeds, cache=negative_cache, positions=positions)[0]
         flow = guide(flow, uncond, scale=scale)
-    sigma = timestep / TIMESTEPS
-    return euler_step(noisy, flow, sigma, torch.full_like(sigma, step.next_timestep / TIMESTEPS))
+    return euler_step(noisy, flow, timestep / TIMESTEPS, after / TIMESTEPS)

@@ -15,6 +15,7 @@ from sftk.runtime.build import evaluation_port, weights_file
 from sftk.runtime.device import device_name
 from sftk.runtime.evaluate import shipped_teacher
 from sftk.runtime.evaluators import EVALUATORS, evaluation_enabled, evaluation_options, evaluation_problems
+from sftk.runtime.prepare import prepare_data
 from sftk.runtime.progress import TrainingProgress
 from sftk.runtime.report import write_report
 from sftk.runtime.rundir import RunDir, open_run, write_text
@@ -87,6 +88,7 @@ def _run_stage(
     last: bool,
 ) -> dict[str, Any]:
     """Trains one stage and, for the last one, evaluates it."""
+    prepare_data(stage, progress)
     training = StageRun(stage, run.checkpoints(stage.name), earlier)
     evaluation = _Evaluation(stage, training, run, progress) if last and evaluation_enabled(stage.recipe) else None
     if evaluation is not None:

@@ -1,0 +1,42 @@
+"""What must be made before a stage can read its data, by data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sftk.runtime.ode_pairs import make_pairs, pair_job
+from sftk.runtime.progress import TrainingProgress
+from sftk.spec.recipe import Stage
+
+
+def prepare_ode_pairs(stage: Stage, progress: TrainingProgress) -> None:
+    """Makes the ODE pairs that are missing, under a bar of their own."""
+    job = pair_job(stage)
+    if job is None:
+        return
+    path, count = job.plan.path, job.plan.count or 0
+    present = sum(min(found, job.plan.in_shard(shard)) for shard, found in job.present().items())
+    if present >= count:
+        progress.note(f"{path}: all {count} ODE pairs are there")
+        return
+    times = ", ".join(f"{time:.4g}" for time in job.about["times"])
+    progress.note(f"{path}: making ODE pairs {present + 1} to {count}, {job.plan.solver.steps} steps, kept at {times}")
+    progress.stage("ODE pairs", count, present)
+    made = make_pairs(job, lambda done: progress.update(min(done, count)))
+    progress.note(f"{path}: {count} ODE pairs, {made} of them made now")
+
+
+PREPARERS: dict[str, Callable[[Stage, TrainingProgress], None]] = {"ode_pairs": prepare_ode_pairs}
+"""Data set to what the runner calls before a stage that reads it; a plugin may add its own."""
+
+
+def prepare_data(stage: Stage, progress: TrainingProgress) -> None:
+    """Makes what a stage's data set still lacks.
+
+    Args:
+        stage: about to start.
+        progress: shows how far it is.
+    """
+    prepare = PREPARERS.get(stage.recipe.data.use)
+    if prepare is not None:
+        prepare(stage, progress)
