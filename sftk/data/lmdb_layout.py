@@ -229,11 +229,11 @@ class ShardWriter:
     def _begin(self, about: dict[str, Any]) -> int:
         with self.environment.begin() as transaction:
             text = transaction.get(ABOUT)
-            fresh = transaction.get(LATENTS_SHAPE) is None
-        if fresh:
+            fresh = transaction.get(LATENTS_SHAPE) is None and transaction.stat()["entries"] == 0
+        header = None if fresh else read_header(self.folder, self.environment)
+        if header is None or header.count == 0:
             self._put({LATENTS_SHAPE: _sizes(0, self.shape), ABOUT: _json(about)} if about else {})
             return 0
-        header = read_header(self.folder, self.environment)
         if header.shape != self.shape:
             raise DataError(f"{self.folder} holds records of {list(header.shape)}, expected {list(self.shape)}")
         found = {} if text is None else json.loads(text)

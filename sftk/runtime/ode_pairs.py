@@ -80,7 +80,8 @@ class PairJob:
             count, about = read_header(folder).count, read_about(folder)
         except DataError:
             return 0
-        check_about(folder, about, self.about)
+        if count:
+            check_about(folder, about, self.about)
         return count
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from sftk.errors import SpecError
+from sftk.runtime.evaluators import evaluation_problems
 from sftk.runtime.ode_pairs import make_pairs, pair_job
 from sftk.runtime.progress import TrainingProgress
-from sftk.spec.recipe import Stage
+from sftk.spec.recipe import Stage, load_recipe
 
 
 def prepare_ode_pairs(stage: Stage, progress: TrainingProgress) -> None:
@@ -40,3 +43,20 @@ def prepare_data(stage: Stage, progress: TrainingProgress) -> None:
     prepare = PREPARERS.get(stage.recipe.data.use)
     if prepare is not None:
         prepare(stage, progress)
+
+
+def prepare_recipe(recipe: str | Path, overrides: Sequence[str] = (), progress: TrainingProgress | None = None) -> None:
+    """Makes what the data sets of a recipe's stages lack, and trains nothing; `sftk data ode-pairs` is this function.
+
+    Raises:
+        SpecError: the recipe is wrong, or reads no data that could be made.
+    """
+    stages = load_recipe(recipe, overrides, check=evaluation_problems)
+    asking = [stage for stage in stages if stage.recipe.data.use in PREPARERS]
+    if not asking:
+        found = ", ".join(sorted({stage.recipe.data.use for stage in stages}))
+        raise SpecError(
+            f"{recipe} reads the data set {found}, which needs nothing made; expected data: {{use: ode_pairs, ...}}"
+        )
+    for stage in asking:
+        prepare_data(stage, progress or TrainingProgress(enabled=False))

@@ -448,7 +448,9 @@ def test_tree_shortens_long_options():
     assert line == "└─ choose(x) {mode: a, sizes: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11...} -> y"
 
 
-@pytest.mark.parametrize("name", ["rollout", "dmd_generator", "score_critic", "teacher_forcing", "flow_matching", "sample_ode"])
+@pytest.mark.parametrize(
+    "name", ["rollout", "dmd_generator", "score_critic", "teacher_forcing", "flow_matching", "sample_ode", "ode_trajectory"]
+)
 def test_every_spec_draws(name):
     graph = Graph.from_spec(f"specs/{name}.yaml")
     tree, drawing = graph.to_tree(), graph.to_mermaid()

@@ -143,3 +143,35 @@ def test_window_and_positions_of_a_long_video():
     last = [call for call in seen if call[2] == (6, 7)]
     assert last == [(1000.0, (0, 4, 5), (6, 7))] * 2
     assert [call[0] for call in seen] == [1000.0, 1000.0, 0.0, 0.0] * 3 + [1000.0, 1000.0]
+
+
+def test_a_trajectory_is_what_the_sampler_goes_through(randn):
+    state = given(randn)
+    (states,) = Graph.from_spec("specs/ode_trajectory.yaml", steps=4, shift=3.0, guidance=2.0)(
+        state, {"denoiser": decay}
+    ).values()
+    assert len(states) == 4
+    assert torch.equal(states[-1], sample(state, decay, 4, shift=3.0, guidance=2.0))
+    times = [step.timestep / 1000 for step in plan_ode(steps=4, shift=3.0)] + [0.0]
+    expected = state["noise"]
+    for index, found in enumerate(states):
+        expected = expected * (1 + 0.7 * (times[index + 1] - times[index]))
+        torch.testing.assert_close(found, expected)
+
+
+def test_given_frames_stand_at_timestep_0_and_stay(randn):
+    state, first = given(randn), randn(2, 1, 1, 2, 2)
+    seen = []
+
+    def model(latents, timestep, prompt_embeds, **_):
+        seen.append((latents[:, 0].clone(), timestep.clone()))
+        return 0.7 * latents, (), ()
+
+    spec = Graph.from_spec("specs/ode_trajectory.yaml", steps=3, shift=2.0, guidance=1.0)
+    (states,) = spec(state | {"initial_latents": first}, {"denoiser": model}).values()
+    (free,) = spec(state, {"denoiser": decay}).values()
+    assert all(
+        torch.equal(found[:, :1], first) and torch.equal(found[:, 1:], plain[:, 1:]) for found, plain in zip(states, free)
+    )
+    assert all(torch.equal(frame, first[:, 0]) for frame, _ in seen)
+    assert [timestep.tolist() for _, timestep in seen] == [[[0.0, step.timestep]] * 2 for step in plan_ode(steps=3, shift=2.0)]
