@@ -240,7 +240,7 @@ def file_digest(name: str) -> str:
         >>> file = Path(tempfile.mkdtemp()) / "a.txt"
         >>> _ = file.write_text("x")
         >>> file_digest(str(file))
-        'a.txt 6c0cbe5fc9d9d2e6'
+        'a.txt a048e640908046be'
     """
     path = Path(name)
     size = path.stat().st_size
@@ -256,7 +256,7 @@ def file_digest(name: str) -> str:
 def _config(size: str | Mapping[str, Any]) -> WanConfig:
     if isinstance(size, str):
         return preset(size)
-    lists = {key: tuple(value) if isinstance(value, list) else value for key, value in size.items()}
+    lists: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in size.items()}
     try:
         return WanConfig(**lists)
     except (TypeError, ValueError) as error:

@@ -147,9 +147,9 @@ def test_window_and_positions_of_a_long_video():
 
 def test_a_trajectory_is_what_the_sampler_goes_through(randn):
     state = given(randn)
-    (states,) = Graph.from_spec("specs/ode_trajectory.yaml", steps=4, shift=3.0, guidance=2.0)(
-        state, {"denoiser": decay}
-    ).values()
+    states = Graph.from_spec("specs/ode_trajectory.yaml", steps=4, shift=3.0, guidance=2.0)(state, {"denoiser": decay})[
+        "states"
+    ]
     assert len(states) == 4
     assert torch.equal(states[-1], sample(state, decay, 4, shift=3.0, guidance=2.0))
     times = [step.timestep / 1000 for step in plan_ode(steps=4, shift=3.0)] + [0.0]
@@ -168,10 +168,11 @@ def test_given_frames_stand_at_timestep_0_and_stay(randn):
         return 0.7 * latents, (), ()
 
     spec = Graph.from_spec("specs/ode_trajectory.yaml", steps=3, shift=2.0, guidance=1.0)
-    (states,) = spec(state | {"initial_latents": first}, {"denoiser": model}).values()
-    (free,) = spec(state, {"denoiser": decay}).values()
+    states = spec(state | {"initial_latents": first}, {"denoiser": model})["states"]
+    free = spec(state, {"denoiser": decay})["states"]
     assert all(
-        torch.equal(found[:, :1], first) and torch.equal(found[:, 1:], plain[:, 1:]) for found, plain in zip(states, free)
+        torch.equal(found[:, :1], first) and torch.equal(found[:, 1:], plain[:, 1:])
+        for found, plain in zip(states, free, strict=True)
     )
     assert all(torch.equal(frame, first[:, 0]) for frame, _ in seen)
     assert [timestep.tolist() for _, timestep in seen] == [[[0.0, step.timestep]] * 2 for step in plan_ode(steps=3, shift=2.0)]
