@@ -6,7 +6,7 @@ import importlib.util
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import attrs
 import pytest
@@ -16,6 +16,7 @@ from sftk.cli import main
 from sftk.data.ode_pairs import PairSolver, PairTeacher
 from sftk.data.sources import SOURCES, option_default
 from sftk.models.config import WanConfig
+from sftk.objectives.divergence import Divergence
 from sftk.runtime.evaluate import DigitsEvaluation
 from sftk.runtime.sampling import CausalOdeSampling, StudentSampling, TeacherSampling
 from sftk.spec import schema
@@ -171,6 +172,17 @@ def test_every_option_is_documented_with_its_default():
     for names, default, _ in rows(read("docs/concepts.md"), "option | default"):
         documented |= dict.fromkeys(names.split(", "), default)
     assert documented == {name: shown(value) for name, value in declared.items()}
+
+
+@pytest.mark.parametrize(("heading", "spec"), [("MeanFlow", "specs/meanflow.yaml"), ("sCM", "specs/scm.yaml")])
+def test_parameters_of_objectives_are_documented_with_their_defaults(heading: str, spec: str):
+    documented = {name: default for name, default, _ in rows(section("docs/objectives.md", heading), "parameter | default")}
+    assert documented == {name: shown(value) for name, value in spec_params(find_file(spec)).items()}
+
+
+def test_divergences_are_documented():
+    found = {cells[0] for cells in rows(section("docs/objectives.md", "f-distill"), "`divergence`")}
+    assert found == set(get_args(Divergence))
 
 
 def test_compat_table_says_what_compat_sets():

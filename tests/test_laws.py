@@ -19,7 +19,7 @@ from sftk.core import FunctionTransform, Graph
 from sftk.functional import Key
 
 OPS: dict[str, Any] = {n: op for n, op in sorted(sftk.transforms().items()) if op.__module__.startswith("sftk.")}
-FLOAT32_BY_DESIGN = {"draw_timestep": ("timestep",)}
+FLOAT32_BY_DESIGN = {"draw_timestep": ("timestep",), "draw_interval": ("timestep", "interval")}
 """Outputs that are documented as float32 whatever the inputs are."""
 
 every = pytest.mark.parametrize("name", OPS)
@@ -41,11 +41,11 @@ def call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def rows(tree: Any, index: list[int]) -> Any:
-    """The samples `index` of every tensor and key; host values as they are."""
+    """The samples `index` of every tensor and key; host values and sums over the batch as they are."""
 
     def take(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            return leaf[index]
+            return leaf[index] if leaf.dim() else leaf
         return attrs.evolve(leaf, samples=tuple(leaf.samples[i] for i in index)) if isinstance(leaf, Key) else leaf
 
     return pytree.tree_map(take, tree)
@@ -150,11 +150,11 @@ def test_keeps_the_dtype(name: str, dtype: torch.dtype):
 @every
 def test_half_precision_stays_half_but_for_losses(name: str):
     op = OPS[name]
-    in_float32 = op.kind == "reduced" or name in FLOAT32_BY_DESIGN or name == "dmd_gradient"
+    in_float32 = op.kind == "reduced" or name in FLOAT32_BY_DESIGN or name in ("dmd_gradient", "weigh_samples")
     arguments = example(name, 2, dtype=torch.float32)
     for key, value in arguments.items():
         # A timestep below 1000 in bf16 is off by up to 4: times stay in float32.
-        if key not in ("timestep", "clean_timestep"):
+        if key not in ("timestep", "clean_timestep", "interval"):
             half = lambda leaf: leaf.bfloat16() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf  # noqa: E731
             arguments[key] = pytree.tree_map(half, value)
     if "denoiser" in arguments:

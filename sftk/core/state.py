@@ -15,6 +15,7 @@ KEYS: dict[str, str] = {
     "noisy": "[B, F, C, H, W] (1 - sigma) x0 + sigma noise",
     "flow": "[B, F, C, H, W] noise - x0",
     "timestep": "[B, F] in [0, 1000], what a network is told",
+    "interval": "[B, F] timesteps from an earlier time up to `timestep`, over which a flow is an average",
     "sigma": "[B, F] in [0, 1], share of noise",
     "prompt_embeds": "[B, L, D] text embeddings",
     "negative_embeds": "[B, L, D] unconditional text embeddings",

@@ -105,7 +105,7 @@ class DataSource:
 SOURCES: dict[str, DataSource] = {
     "digits": DataSource(
         make=DigitClips,
-        keys=("latents", *TEXT_KEYS),
+        keys=("latents", *TEXT_KEYS, "digit"),
         embed=embed_prompts,
         decode=decode_latents,
         fps=8,
@@ -138,7 +138,7 @@ def source(name: str) -> DataSource:
 
     Example:
         >>> source("digits").keys
-        ('latents', 'prompt_embeds', 'negative_embeds')
+        ('latents', 'prompt_embeds', 'negative_embeds', 'digit')
     """
     if name not in SOURCES:
         raise SpecError(f"unknown data set {name!r}; {did_you_mean(name, SOURCES)}")

@@ -4,6 +4,7 @@ from sftk.functional.attention import attention, available_backends, exact_deriv
 from sftk.functional.cache import KVCache, append, window
 from sftk.functional.context import commit_context, commit_given, start_cache, window_context
 from sftk.functional.guidance import guide
+from sftk.functional.interval import draw_interval, ramp
 from sftk.functional.keys import Key, RecordedKey
 from sftk.functional.layout import Layout
 from sftk.functional.noise import (
@@ -22,6 +23,7 @@ from sftk.functional.rollout import begin_block, denoise_step, exit_step, join_b
 from sftk.functional.sampling import crop_length, draw_noise, draw_timestep, drop_condition
 from sftk.functional.schedule import euler_step, shift_sigma, timestep_to_sigma, warp_steps
 from sftk.functional.solvers import ode_step, plan_ode
+from sftk.functional.tangent import flow_tangent
 
 __all__ = [
     "Block",
@@ -41,12 +43,14 @@ __all__ = [
     "commit_given",
     "crop_length",
     "denoise_step",
+    "draw_interval",
     "draw_noise",
     "draw_timestep",
     "drop_condition",
     "euler_step",
     "exact_derivatives",
     "exit_step",
+    "flow_tangent",
     "flow_target",
     "flow_to_noise",
     "flow_to_x0",
@@ -62,6 +66,7 @@ __all__ = [
     "predict_flow_teacher_forced",
     "predict_x0",
     "predict_x0_cfg",
+    "ramp",
     "renoise",
     "shift_sigma",
     "start_cache",

@@ -29,6 +29,8 @@ class Denoiser(Protocol):
         layout: which frames see which; None is all.
         positions: temporal position of each frame; by default 0, 1, 2 ...
         features_at: layers whose hidden states to return.
+        interval: [B, F], for a model that predicts average velocities: the timesteps over which, from `timestep` down. Given
+            by name, and only to such a model.
 
     Returns:
         flow [B, F, C, H, W]; keys and values of each layer; the hidden states asked for, [B, tokens, width].
@@ -44,11 +46,20 @@ class Denoiser(Protocol):
         layout: Layout | None = None,
         positions: Sequence[int] | None = None,
         features_at: Sequence[int] = (),
+        interval: Tensor | None = None,
     ) -> tuple[Tensor, tuple[LayerKV, ...], tuple[Tensor, ...]]: ...
 
 
 def toy_denoiser(
-    latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, *, cache=None, layout=None, positions=None, features_at=()
+    latents: Tensor,
+    timestep: Tensor,
+    prompt_embeds: Tensor,
+    *,
+    cache=None,
+    layout=None,
+    positions=None,
+    features_at=(),
+    interval=None,
 ):
     """A few multiplications behind the model port, for examples and laws.
 
@@ -58,7 +69,7 @@ def toy_denoiser(
         (torch.Size([1, 3, 4, 2, 2]), torch.Size([1, 3, 1, 16]))
     """
     past = 0.0 if cache is None or cache.layer(0) is None else cache.layer(0)[1].mean(dim=(1, 2, 3))[:, None, None, None, None]
-    time = (timestep / 1000)[:, :, None, None, None]
+    time = ((timestep if interval is None else timestep - interval / 2) / 1000)[:, :, None, None, None]
     flow = 0.5 * latents.tanh() + 0.1 * time + 0.2 * prompt_embeds.mean(dim=(1, 2))[:, None, None, None, None] + 0.3 * past
     kv = flow.flatten(2)[:, :, None]
     return flow, ((kv, 2 * kv, prompt_embeds[:, :, None], prompt_embeds[:, :, None]),), tuple(flow for _ in features_at)
@@ -87,6 +98,7 @@ def predict_flow(
     noisy: Tensor,
     timestep: Tensor,
     prompt_embeds: Tensor,
+    interval: Tensor | None = None,
     *,
     frames_per_block: int | None = None,
     independent_first_frame: bool = False,
@@ -100,6 +112,7 @@ def predict_flow(
         noisy: [B, F, C, H, W].
         timestep: [B, F], in [0, 1000].
         prompt_embeds: [B, L, D].
+        interval: [B, F], timesteps over which the flow is an average, for a model that takes them.
         frames_per_block: makes the pass block-causal; None is bidirectional.
         independent_first_frame, window, sink: of the block-causal pass.
 
@@ -114,7 +127,8 @@ def predict_flow(
     if frames_per_block is not None:
         blocks = split_blocks(noisy.shape[1], frames_per_block, independent_first_frame)
         layout = Layout(kind="block_causal", blocks=blocks, window=window, sink=sink)
-    return denoiser(noisy, timestep, prompt_embeds, layout=layout)[0]
+    more: dict[str, Any] = {} if interval is None else {"interval": interval}
+    return denoiser(noisy, timestep, prompt_embeds, layout=layout, **more)[0]
 
 
 @transform(out="x0", kind="per_sample", models=("denoiser",), example=_example, check=block_problems)

@@ -64,6 +64,7 @@ def ode_step(
     given_frames: Tensor | None = None,
     *,
     scale: float = 1.0,
+    average: bool = False,
 ):
     """One guided Euler step of a bidirectional model, or of one block of a causal one given the frames in its caches.
 
@@ -74,11 +75,12 @@ def ode_step(
         cache, negative_cache: the context as the conditional and the unconditional pass see it; not changed.
         given_frames: [B, F0, C, H, W] clean frames that a bidirectional pass begins with: they stand at timestep 0 and stay.
         scale: guidance; 1 makes one pass only.
+        average: ask the model for its average velocity over the step (MeanFlow), which makes the step exact.
 
     Returns:
         noisy: at the step's next timestep.
 
-    Source: flow matching, arXiv 2210.02747, sampled with Euler's method.
+    Source: flow matching, arXiv 2210.02747, sampled with Euler's method; MeanFlow, arXiv 2505.13447, eq. 12.
 
     Example:
         >>> ode_step(**_example(1, torch.randn)).shape
@@ -90,9 +92,10 @@ def ode_step(
         count = given_frames.shape[1]
         noisy = torch.cat([given_frames, noisy[:, count:]], dim=1)
         timestep, after = (torch.cat([torch.zeros_like(t[:, :count]), t[:, count:]], dim=1) for t in (timestep, after))
-    positions = None if block is None else block.positions
-    flow = denoiser(noisy, timestep, prompt_embeds, cache=cache, positions=positions)[0]
+    more: dict[str, Any] = {"positions": None if block is None else block.positions}
+    if average:
+        more["interval"] = timestep - after
+    flow = denoiser(noisy, timestep, prompt_embeds, cache=cache, **more)[0]
     if scale != 1.0:
-        uncond = denoiser(noisy, timestep, negative_embeds, cache=negative_cache, positions=positions)[0]
-        flow = guide(flow, uncond, scale=scale)
+        flow = guide(flow, denoiser(noisy, timestep, negative_embeds, cache=negative_cache, **more)[0], scale=scale)
     return euler_step(noisy, flow, timestep / TIMESTEPS, after / TIMESTEPS)

@@ -28,6 +28,8 @@ class WanConfig:
         patch_size: frames, height, width of a patch; the first is 1.
         qk_norm: RMS norm of queries and keys. cross_attn_norm: affine norm before the cross-attention.
         eps: of the norms.
+        interval_embedding: the model takes `interval`, the time that an average velocity spans (MeanFlow); it starts at zero,
+            so that a pretrained model starts as it is.
         rope_base: base of the spatial rotary frequencies. rope_base_time: of the temporal ones.
 
     Raises:
@@ -53,6 +55,7 @@ class WanConfig:
     eps: float = 1e-6
     rope_base: float = 10000.0
     rope_base_time: float = 10000.0
+    interval_embedding: bool = False
 
     def __attrs_post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:

@@ -144,6 +144,26 @@ class Head(nn.Module):
         return self.head(modulate(x, shift, scale, self.eps))
 
 
+class IntervalEmbedding(nn.Sequential):
+    """Embeds the interval of an average velocity, to be added to the time's; zero at first, see `reset_parameters`."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__(nn.Linear(config.freq_dim, config.dim), nn.SiLU(), nn.Linear(config.dim, config.dim))
+        self.freq_dim = config.freq_dim
+
+    def reset_parameters(self) -> None:
+        """Small normal weights, then zeros, so that a pretrained model starts as it is."""
+        first, _, last = self
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        nn.init.normal_(first.weight, std=0.02)
+        for zero in (first.bias, last.weight, last.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, interval: Tensor, dtype: torch.dtype) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """[..., width] of `dtype` from intervals of any shape, in timesteps."""
+        return super().forward(sinusoidal_embedding(interval, self.freq_dim).to(dtype))
+
+
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
     """Cosines then sines of `t 10000^(-i / (dim / 2))`, in float64.
 

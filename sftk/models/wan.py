@@ -13,7 +13,7 @@ from sftk.functional.attention import Backend, attention_mask
 from sftk.functional.cache import KVCache, LayerKV
 from sftk.functional.layout import Layout, check_layout
 from sftk.models.config import WanConfig
-from sftk.models.layers import Block, Head, sinusoidal_embedding, upcast
+from sftk.models.layers import Block, Head, IntervalEmbedding, sinusoidal_embedding, upcast
 from sftk.models.rope import rope_table
 
 
@@ -48,6 +48,8 @@ class WanModel(nn.Module):
         self.time_embedding = nn.Sequential(
             nn.Linear(config.freq_dim, config.dim), nn.SiLU(), nn.Linear(config.dim, config.dim)
         )
+        if config.interval_embedding:
+            self.interval_embedding = IntervalEmbedding(config)
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, config.dim * 6))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
@@ -63,7 +65,18 @@ class WanModel(nn.Module):
         for module in (*self.text_embedding, *self.time_embedding):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
+        self.reset_added_parts()
         nn.init.zeros_(self.head.head.weight)
+
+    @property
+    def added_parts(self) -> tuple[str, ...]:
+        """Submodules that a pretrained checkpoint need not have."""
+        return ("interval_embedding",) if self.config.interval_embedding else ()
+
+    def reset_added_parts(self) -> None:
+        """Initialises `added_parts` so that they change nothing."""
+        for part in self.added_parts:
+            self.get_submodule(part).reset_parameters()  # pyright: ignore[reportCallIssue]
 
     def forward(
         self,
@@ -75,6 +88,7 @@ class WanModel(nn.Module):
         layout: Layout | None = None,
         positions: Sequence[int] | None = None,
         features_at: Sequence[int] = (),
+        interval: Tensor | None = None,
     ) -> tuple[Tensor, tuple[LayerKV, ...], tuple[Tensor, ...]]:
         """Predicts the flow `noise - x0`.
 
@@ -86,6 +100,7 @@ class WanModel(nn.Module):
             layout: which frames see which; None is all.
             positions: temporal position of each frame; by default 0, 1, 2 ... (after the cached frames, if there are any).
             features_at: layers after which to return the hidden states.
+            interval: [B] or [B, F], timesteps that an average velocity spans, from `timestep` down; None is the flow itself.
 
         Returns:
             flow: [B, F, C, H, W], in the latents' dtype. kv: see `LayerKV`, for each layer; empty without a cache.
@@ -97,6 +112,8 @@ class WanModel(nn.Module):
         frames, height, width = self._check(latents, timestep, prompt_embeds, cache, layout)
         x = self._embed_patches(latents)
         time = self.time_embedding(sinusoidal_embedding(timestep, self.config.freq_dim).to(self._dtype))
+        if interval is not None:
+            time = time + self._embed_interval(interval, timestep)
         modulation = upcast(self.time_projection(time)).unflatten(-1, (6, -1))
         time = upcast(time)
         if timestep.dim() == 1:
@@ -153,6 +170,13 @@ class WanModel(nn.Module):
         missing = self.config.text_len - prompt_embeds.shape[1]
         padded = F.pad(prompt_embeds, (0, 0, 0, missing)) if missing else prompt_embeds
         return self.text_embedding(padded.to(self._dtype))
+
+    def _embed_interval(self, interval: Tensor, timestep: Tensor) -> Tensor:
+        if not self.config.interval_embedding:
+            raise ShapeError("this model takes no interval; set interval_embedding: true in its size")
+        if interval.shape != timestep.shape:
+            raise ShapeError(f"interval must be of the timestep's shape {list(timestep.shape)}, found {list(interval.shape)}")
+        return self.interval_embedding(interval, self._dtype)
 
     def _unpatch(self, x: Tensor, frames: int, height: int, width: int) -> Tensor:
         _, ph, pw = self.config.patch_size

@@ -39,12 +39,17 @@ def save_weights(
 def load_weights(model: nn.Module, path: Path) -> None:
     """Loads a safetensors file into a model, in place; names and shapes must fit exactly.
 
+    A part that the model adds to what was trained (its `added_parts`) may be missing as a whole; it stays as it is.
+
     Raises:
         CheckpointError: the file is missing, broken or of another model; the message lists what does not fit.
     """
     found = read_tensors(path)
     with torch.no_grad():
         own = model.state_dict()
+        for part in getattr(model, "added_parts", ()):
+            if not any(name.startswith(f"{part}.") for name in found):
+                own = {name: tensor for name, tensor in own.items() if not name.startswith(f"{part}.")}
         differences = _differences(own, found)
         if differences:
             shown = "\n  ".join(differences[:12]) + (f"\n  and {len(differences) - 12} more" if len(differences) > 12 else "")
@@ -103,15 +108,16 @@ def build_model(
         >>> build_model(preset("digits"), weights=None, seed=0, dtype="bf16", backend="auto", device=cpu).head.head.weight.dtype
         torch.bfloat16
     """
-    if weights is not None:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(seed)
+        if weights is None:
+            return WanModel(config, backend).to(DTYPES[dtype])
         with torch.device("meta"):
             model = WanModel(config, backend)
         model = model.to(DTYPES[dtype]).to_empty(device=device)
-        load_weights(model, weights)
-        return model
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-        torch.manual_seed(seed)
-        return WanModel(config, backend).to(DTYPES[dtype])
+        model.reset_added_parts()
+    load_weights(model, weights)
+    return model
 
 
 def _portable(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

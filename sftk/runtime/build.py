@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sftk.core.graph import Graph
+from sftk.data.builtins import builtin
 from sftk.models.weights import build_model
 from sftk.runtime.device import set_precision
 from sftk.runtime.ema import Ema
@@ -31,9 +32,9 @@ class Built:
     """A stage's moving parts.
 
     Args:
-        modules: role to module, for roles that are not averages.
+        modules: role to module, for roles that are neither averages nor built in.
         emas: role to average.
-        ports: role to what graphs call, averages among them.
+        ports: role to what graphs call, averages and built-in modules among them.
         optimizers: role to optimiser.
         graphs: phase to graph, compiled where the recipe says so.
         device: where they live.
@@ -41,7 +42,7 @@ class Built:
 
     modules: dict[str, nn.Module]
     emas: dict[str, Ema]
-    ports: dict[str, Port]
+    ports: dict[str, Any]
     optimizers: dict[str, torch.optim.Optimizer]
     graphs: dict[str, Graph]
     device: torch.device
@@ -61,7 +62,7 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder) -> Bu
     updated = {role for phase in recipe.phases for role in phase.roles}
     modules: dict[str, nn.Module] = {}
     for index, (role, section) in enumerate(recipe.models.items()):
-        if section.ema_of is None:
+        if section.size is not None:
             model = build_model(
                 section.config,
                 weights=weights_file(section, stage, earlier),
@@ -75,10 +76,12 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder) -> Bu
     for role, module in modules.items():
         parallelize(module, checkpoint=recipe.models[role].checkpoint, compile_blocks=compiled)
     dtype = set_precision(recipe.precision)
-    ports = {role: Port(module, dtype) for role, module in modules.items()}
+    ports: dict[str, Any] = {role: Port(module, dtype) for role, module in modules.items()}
     for role, section in recipe.models.items():
         if section.ema_of is not None:
             ports[role] = Port(emas[section.ema_of].module, dtype)
+        elif section.builtin is not None:
+            ports[role] = builtin(section.builtin, device)
     optimizers: dict[str, torch.optim.Optimizer] = {
         role: make_optimizer(modules[role].parameters(), section) for role, section in recipe.optimizers.items()
     }

@@ -67,6 +67,7 @@ class TeacherSampling:
     steps: int = 50
     shift: float = 5.0
     guidance: float = 4.0
+    average: bool = False
 
 
 AnyStudentSampling = StudentSampling | CausalOdeSampling

@@ -6,9 +6,10 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sftk.core.geometry import LatentShape
+from sftk.data.builtins import builtin
 from sftk.data.sources import source
 from sftk.errors import Problem, SpecError
 from sftk.functional.keys import Key
@@ -36,8 +37,11 @@ def check_shapes(stage: Stage) -> list[PhaseShapes]:
         SpecError: a phase fails; the problem names it and what it ran into.
     """
     recipe, device = stage.recipe, torch.device("meta")
-    models = {}
+    models: dict[str, nn.Module] = {}
     for role, section in recipe.models.items():
+        if section.builtin is not None:
+            models[role] = builtin(section.builtin, device)
+            continue
         config = section.config if section.ema_of is None else recipe.models[section.ema_of].config
         with device:
             models[role] = WanModel(config, section.backend).to(DTYPES[section.dtype])
@@ -49,7 +53,11 @@ def check_shapes(stage: Stage) -> list[PhaseShapes]:
         graph = stage.graphs[phase.name]
         for role, module in models.items():
             module.requires_grad_(role in phase.roles)
-        ports = {port: Port(models[phase.models.get(port, port)], dtype) for port in graph.ports}
+        roles = {port: phase.models.get(port, port) for port in graph.ports}
+        ports = {
+            port: models[role] if recipe.models[role].builtin is not None else Port(models[role], dtype)
+            for port, role in roles.items()
+        }
         values = {name: batch[name] for name in (*graph.inputs, *graph.optional) if name in batch}
         for name, origin in phase.in_.items():
             producer, dot, output = origin.partition(".")

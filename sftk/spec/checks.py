@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sftk.core.graph import Graph
+from sftk.data.builtins import BUILTINS
 from sftk.data.sources import SOURCES, data_keys, data_problems
 from sftk.errors import Problem, SpecError, did_you_mean
 from sftk.spec.data_files import named_files
@@ -50,6 +51,11 @@ class Checks:
         for role, model in models.items():
             if not PLAIN_NAME.fullmatch(role):
                 self._say(("models", role), f"a role is made of letters, digits, '-' and '_', found {role!r}")
+            if model.builtin is not None:
+                if model.builtin not in BUILTINS:
+                    hint = did_you_mean(model.builtin, BUILTINS)
+                    self._say(("models", role, "builtin"), f"unknown built-in model {model.builtin!r}", hint)
+                continue
             if model.ema_of is not None:
                 if model.ema_of not in recipe.ema:
                     self._say(
@@ -75,6 +81,8 @@ class Checks:
                 self._say(("ema", role), f"{role!r} is not a model of this recipe", did_you_mean(role, models))
             elif models[role].ema_of is not None:
                 self._say(("ema", role), f"{role!r} is an average itself", f"keep one of {models[role].ema_of!r}")
+            elif models[role].builtin is not None:
+                self._say(("ema", role), f"{role!r} is built in and never changes")
 
     def _weights(self, role: str, weights: str | None) -> None:
         if weights is None:
@@ -134,6 +142,8 @@ class Checks:
                 self._say((*place, "update"), f"{role!r} has no optimizer", f"add optimizers: {{{role}: ...}}")
             elif recipe.models[role].ema_of is not None:
                 self._say((*place, "update"), f"{role!r} is an average and cannot be updated")
+            elif recipe.models[role].builtin is not None:
+                self._say((*place, "update"), f"{role!r} is built in and cannot be updated")
         graph = self.graphs[index]
         if graph is None:
             return

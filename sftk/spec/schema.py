@@ -61,18 +61,25 @@ class DataSection:
 
 @attrs.frozen(kw_only=True)
 class ModelSection:
-    """A model: its size, its weights (a file, or `<stage>/<role>` of an earlier stage; null starts from random ones)."""
+    """A model: its size, its weights (a file, or `<stage>/<role>` of an earlier stage; null starts from random ones).
+
+    `ema_of` is another role's average instead, `builtin` a frozen module of the package, see `sftk.data.builtins`.
+    """
 
     size: str | WanConfig | None = attrs.field(default=None, validator=_known_size)
     weights: str | None = None
     ema_of: str | None = None
+    builtin: str | None = None
     backend: Backend = "auto"
     checkpoint: Literal["none", "full"] = "none"
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
 
     def __attrs_post_init__(self) -> None:
-        if (self.size is None) == (self.ema_of is None):
-            raise ValueError("a model has either `size` or `ema_of`")
+        if [self.size, self.ema_of, self.builtin].count(None) != 2:
+            raise ValueError("a model has one of `size`, `ema_of` and `builtin`")
+        untouched = (self.weights, self.backend, self.checkpoint, self.dtype) == (None, "auto", "none", "fp32")
+        if self.builtin is not None and not untouched:
+            raise ValueError("a built-in model comes as it is, without `weights`, `backend`, `checkpoint` and `dtype`")
 
     @property
     def config(self) -> WanConfig:

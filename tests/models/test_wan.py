@@ -257,3 +257,22 @@ def test_presets():
     with torch.device("meta"):
         count = sum(p.numel() for p in WanModel(preset("1.3b")).parameters())
     assert count == 1_418_996_800
+
+
+def test_an_interval_changes_nothing_at_first_and_something_once_trained(make_model, inputs):
+    plain, fresh = make_model(), make_model(interval_embedding=True)
+    assert set(fresh.state_dict()) - set(plain.state_dict()) == {
+        f"interval_embedding.{name}" for name in ("0.weight", "0.bias", "2.weight", "2.bias")
+    }
+    fresh.load_state_dict(plain.state_dict(), strict=False)
+    trained = fresh(*inputs, interval=inputs[1] / 2)[0]
+    fresh.reset_added_parts()
+    assert torch.equal(fresh(*inputs, interval=inputs[1] / 2)[0], plain(*inputs)[0])
+    assert not torch.allclose(trained, plain(*inputs)[0])
+
+
+def test_intervals_that_do_not_fit(model, make_model, inputs):
+    with pytest.raises(ShapeError, match="takes no interval; set interval_embedding: true"):
+        model(*inputs, interval=inputs[1])
+    with pytest.raises(ShapeError, match=r"interval must be of the timestep's shape \[2, 3\], found \[2\]"):
+        make_model(interval_embedding=True)(*inputs, interval=inputs[1][:, 0])
