@@ -20,6 +20,7 @@ from torch import Tensor
 from sftk.data.choices import Choice
 from sftk.data.codecs import Codec, check_codec, make_codec
 from sftk.data.embedders import make_embedder, text_shapes
+from sftk.data.pictures import cover
 from sftk.data.prompts import TextKeys
 from sftk.errors import DataError
 
@@ -123,25 +124,6 @@ def load_image(item: ImageItem, height: int, width: int) -> Tensor:
     if item.bbox is not None and picture.size == item.origin:
         picture = picture.crop(item.bbox)
     return cover(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255, height, width)[0]
-
-
-def cover(video: Tensor, height: int, width: int) -> Tensor:
-    """Pictures scaled until they cover a size, and cut to it at the centre.
-
-    Args:
-        video: [F, C, H, W] in [0, 1].
-
-    Example:
-        >>> cover(torch.rand(2, 3, 20, 50), 8, 8).shape
-        torch.Size([2, 3, 8, 8])
-    """
-    rows, columns = video.shape[2:]
-    scale = max(height / rows, width / columns)
-    size = max(height, round(rows * scale)), max(width, round(columns * scale))
-    if size != (rows, columns):
-        video = torch.nn.functional.interpolate(video, size=size, mode="bilinear", antialias=True, align_corners=False)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return video[:, :, top : top + height, left : left + width].clamp(0, 1)
 
 
 @attrs.frozen(eq=False)

@@ -63,6 +63,7 @@ class PairPlan:
         batch: pairs that are solved together; always the same ones.
         seed: of the noise.
         negative: the unconditional prompt.
+        codec: decodes latents, for samples.
         skip_bad: leave out records that cannot be used, and list them.
 
     Raises:
@@ -83,6 +84,7 @@ class PairPlan:
     batch: int = attrs.field(default=32, validator=_at_least(1))
     seed: int = 0
     negative: str = ""
+    codec: Choice | None = None
     skip_bad: bool = False
 
     def __attrs_post_init__(self) -> None:

@@ -22,6 +22,7 @@ class StoredLatents:
         text: embeds the prompts.
         frames, channels, height, width: of the recipe's latents; the store's must be the same.
         negative: the unconditional prompt.
+        codec: decodes latents, for samples; not used here.
         skip_bad: leave out what cannot be used; `bad` lists it.
         seed: not used.
 
@@ -47,6 +48,7 @@ class StoredLatents:
     height: int
     width: int
     negative: str = ""
+    codec: Choice | None = None
     skip_bad: bool = False
     seed: int = 0
     store: LatentStore = attrs.field(init=False, repr=False)

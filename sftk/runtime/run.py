@@ -90,6 +90,7 @@ def _run_stage(
     """Trains one stage and, for the last one, evaluates it."""
     prepare_data(stage, progress)
     training = StageRun(stage, run.checkpoints(stage.name), earlier)
+    _note_bad(training, progress)
     evaluation = _Evaluation(stage, training, run, progress) if last and evaluation_enabled(stage.recipe) else None
     if evaluation is not None:
         evaluation.before()
@@ -112,6 +113,15 @@ def _run_stage(
         run.write("seconds.json", seconds)
         tracker.close()
     return summary
+
+
+def _note_bad(training: StageRun, progress: TrainingProgress) -> None:
+    """Says what the data set left out."""
+    bad = getattr(training.loader.dataset, "bad", ())
+    for reason in bad:
+        progress.note(f"left out: {reason}")
+    if bad:
+        progress.note(f"{len(bad)} left out of the data")
 
 
 class _Evaluation:

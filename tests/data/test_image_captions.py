@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sftk.data.image_captions import ImageCaptions, cover, read_items
+from sftk.data.image_captions import ImageCaptions, read_items
+from sftk.data.pictures import cover
 from sftk.data.sources import source
 from sftk.errors import DataError
 

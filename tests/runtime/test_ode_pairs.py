@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import random
 import signal
 import time
 
+import lmdb
 import pytest
 import torch
 from filelock import FileLock
+from rich.console import Console
 from safetensors.torch import load_file
 
 from sftk.core.graph import Graph
@@ -24,6 +27,7 @@ from sftk.runtime.loader import make_loader
 from sftk.runtime.ode_pairs import make_pairs, pair_job
 from sftk.runtime.port import Port
 from sftk.runtime.prepare import prepare_recipe
+from sftk.runtime.run import run_recipe
 from sftk.spec.recipe import load_recipe
 
 PAIRS = """\
@@ -266,7 +270,18 @@ def test_the_data_set(recipe):
         make_loader(other.recipe)
 
 
-def test_a_run_makes_its_pairs_first(recipe, train):
-    path = recipe()
-    run = train(path, "data.with.count=3")
+def test_a_run_makes_its_pairs_first_and_lists_what_it_leaves_out(recipe, tmp_path):
+    path, console = recipe(), Console(file=io.StringIO(), width=200)
+    run = run_recipe(path, ["data.with.count=6"], run_dir=tmp_path / "run", console=console)
     assert run.summary.is_file()
+    said = console.file.getvalue()
+    assert f"{tmp_path}/pairs: making ODE pairs 1 to 6, 8 steps, kept at 1000, 900, 750, 500, 0\nODE pairs" in said
+    assert "6 ODE pairs, 6 of them made now" in said
+    with lmdb.open(str(tmp_path / "pairs" / "shard_00001")) as environment, environment.begin(write=True) as transaction:
+        transaction.delete(b"prompts_0_data")
+    console = Console(file=io.StringIO(), width=200)
+    run_recipe(path, ["data.with.count=6", "data.with.skip_bad=true"], run_dir=tmp_path / "again", console=console)
+    said = console.file.getvalue()
+    assert "all 6 ODE pairs are there" in said
+    assert "shard_00001, record 0: the key prompts_0_data is missing" in said
+    assert "1 left out of the data" in said
