@@ -175,7 +175,7 @@ def open_pairs(plan: PairPlan, *, frames: int, channels: int, height: int, width
     Raises:
         DataError: the store cannot be used, or is not complete.
     """
-    shape = {"frames": frames, "channels": channels, "height": height, "width": width}
+    shape: dict[str, Any] = {"frames": frames, "channels": channels, "height": height, "width": width}
     data = StoredLatents(plan.path, text=plan.text, negative=plan.negative, skip_bad=plan.skip_bad, **shape)
     return StoredPairs(data=data, steps=len(plan.keep), size=plan.count)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from sftk.core.graph import Graph
 from sftk.data.digits import DigitClips, embed_prompts
-from sftk.data.lmdb_layout import open_for_reading, read_about, read_header
+from sftk.data.lmdb_layout import close_environments, open_for_reading, read_about, read_header
 from sftk.data.lmdb_store import LatentStore, shard_folders
 from sftk.errors import CheckpointError, DataError, SpecError
 from sftk.functional.keys import Key
@@ -277,6 +277,7 @@ def test_a_run_makes_its_pairs_first_and_lists_what_it_leaves_out(recipe, tmp_pa
     said = console.file.getvalue()
     assert f"{tmp_path}/pairs: making ODE pairs 1 to 6, 8 steps, kept at 1000, 900, 750, 500, 0\nODE pairs" in said
     assert "6 ODE pairs, 6 of them made now" in said
+    close_environments()
     with lmdb.open(str(tmp_path / "pairs" / "shard_00001")) as environment, environment.begin(write=True) as transaction:
         transaction.delete(b"prompts_0_data")
     console = Console(file=io.StringIO(), width=200)
