@@ -92,7 +92,7 @@ class Checks:
             before = self.earlier[stage]
             known = set(before.recipe.models) if before is not None else {source}
             if source not in known:
-                message = f"the stage {stage!r} has no model {source!r}"
+                message = f"{stage!r} has no model {source!r}"
                 self._say(("models", role, "weights"), message, did_you_mean(source, known))
             return
         try:

@@ -18,13 +18,13 @@ from sftk.spec.checks import Checks
 from sftk.spec.compat import compat_defaults
 from sftk.spec.convert import structure_what_fits
 from sftk.spec.data_files import change_files
-from sftk.spec.document import Document, KeyPath
+from sftk.spec.document import Document
 from sftk.spec.dump import dump_yaml
 from sftk.spec.files import find_file, search_roots, show_path
 from sftk.spec.graphs import build_graph, once
-from sftk.spec.overrides import apply_overrides, set_value
 from sftk.spec.params import Origin
-from sftk.spec.schema import PhaseSection, Recipe, StagedRecipe, StageSection
+from sftk.spec.parts import apply_with, override, read_part
+from sftk.spec.schema import PhaseSection, Recipe, StagedRecipe
 from sftk.spec.source import read_yaml
 
 
@@ -98,8 +98,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check: Check
         ['dmd']
     """
     found, document = find_document(path)
+    if is_study(document):
+        message = "this is a study; `sftk run` and `sftk check` take one"
+        raise SpecError([document.problem(("matrix",), message, "name one of its recipes")])
     if not (isinstance(document.value, dict) and "stages" in document.value):
-        stage, problems = _read_stage(found.stem, found, document, overrides, {}, check)
+        stage, problems = read_stage(found.stem, found, document, overrides, {}, check)
         if stage is None or problems:
             raise SpecError(once(problems))
         return (stage,)
@@ -122,6 +125,16 @@ def find_document(path: str | Path) -> tuple[Path, Document]:
     except SpecError as error:
         raise SpecError([attrs.evolve(problem, file=str(path)) for problem in error.problems]) from error
     return found, read_yaml(found, show_path(found))
+
+
+def is_study(document: Document) -> bool:
+    """Whether a document is a study, that is, has a `matrix`.
+
+    Example:
+        >>> is_study(find_document("recipes/dmd.yaml")[1])
+        False
+    """
+    return isinstance(document.value, dict) and "matrix" in document.value
 
 
 Part = tuple[str, Path, Document | None]
@@ -150,34 +163,14 @@ def _parts(path: Path, document: Document) -> tuple[list[Part], list[Problem]]:
     for index, section in enumerate(staged.stages):
         if section.name in names[:index]:
             problems.append(document.problem(("stages", index, "name"), f"two stages are called {section.name!r}"))
-        inner, wrong = _part(section, ("stages", index), path, document)
+        place = ("stages", index)
+        found, inner, wrong = read_part(section.recipe, (*place, "recipe"), path, document, "a stage")
         problems += wrong
-        parts.append((section.name, inner[0], inner[1]))
+        if inner is not None:
+            inner, wrong = apply_with(inner, section.with_, (*place, "with"), document)
+            problems += wrong
+        parts.append((section.name, found, inner))
     return parts, problems
-
-
-def _part(
-    section: StageSection, place: KeyPath, path: Path, document: Document
-) -> tuple[tuple[Path, Document | None], list[Problem]]:
-    place_of_file = (*place, "recipe")
-    try:
-        found = find_file(section.recipe, path)
-        inner = read_yaml(found, show_path(found))
-    except SpecError as error:
-        return (path, None), [
-            document.problem(place_of_file, p.message, p.hint) if p.file is None else p for p in error.problems
-        ]
-    if isinstance(inner.value, dict) and "stages" in inner.value:
-        message = f"{section.recipe} has stages of its own; a stage is a plain recipe"
-        return (found, None), [document.problem(place_of_file, message)]
-    problems: list[Problem] = []
-    for key, value in section.with_.items():
-        file, line = document.where((*place, "with", key))
-        try:
-            inner = set_value(inner, key, value, file, line)
-        except SpecError as error:
-            problems += error.problems
-    return (found, inner), problems
 
 
 def _read_stages(
@@ -186,24 +179,24 @@ def _read_stages(
     names = [name for name, _, _ in parts]
     taken: dict[str, list[str]] = {name: [] for name in names}
     last: list[str] = []
-    for override in overrides:
-        head, dot, rest = override.partition(".")
+    for text in overrides:
+        head, dot, rest = text.partition(".")
         prefixed = dot and head in taken
-        (taken[head] if prefixed else last).append(rest if prefixed else override)
+        (taken[head] if prefixed else last).append(rest if prefixed else text)
     stages: dict[str, Stage | None] = {}
     for index, (name, path, document) in enumerate(parts):
         if document is None:
             stages[name] = None
             continue
-        document, wrong = _override(document, taken[name], f"{name}.")
+        document, wrong = override(document, taken[name], f"{name}.")
         problems += wrong
-        stage, wrong = _read_stage(name, path, document, last if index == len(parts) - 1 else (), stages, check)
+        stage, wrong = read_stage(name, path, document, last if index == len(parts) - 1 else (), stages, check)
         problems += wrong
         stages[name] = stage
     return tuple(stage for stage in stages.values() if stage is not None)
 
 
-def _read_stage(
+def read_stage(
     name: str,
     path: Path,
     document: Document,
@@ -211,8 +204,16 @@ def _read_stage(
     earlier: Mapping[str, Stage | None],
     check: Check | None,
 ) -> tuple[Stage | None, list[Problem]]:
-    """A stage and its problems. Where the schema refuses something without a default, that hides what is checked after it."""
-    document, problems = _override(document, overrides)
+    """A stage and its problems. Where the schema refuses something without a default, that hides what is checked after it.
+
+    Args:
+        name: of the stage.
+        path, document: its recipe.
+        overrides: `key.path=value`.
+        earlier: what ran before it, whose weights it may take; None where that cannot be read.
+        check: see `load_recipe`.
+    """
+    document, problems = override(document, overrides)
     recipe, wrong = structure_what_fits(document, Recipe)
     problems += wrong
     if recipe is None:
@@ -228,17 +229,6 @@ def _read_stage(
     if check is not None:
         problems += check(document, recipe)
     return Stage(name=name, recipe=recipe, graphs=graphs, document=document, path=path), problems
-
-
-def _override(document: Document, overrides: Sequence[str], prefix: str = "") -> tuple[Document, list[Problem]]:
-    """The document with the overrides that can be applied, and what is wrong with the others."""
-    problems: list[Problem] = []
-    for override in overrides:
-        try:
-            document = apply_overrides(document, [override], prefix=prefix)
-        except SpecError as error:
-            problems += error.problems
-    return document, problems
 
 
 def load_plugins(recipe: Recipe, document: Document, path: Path) -> list[Problem]:
