@@ -47,6 +47,8 @@ SECTIONS: dict[str, Any] = {
     "track": schema.TrackSection,
     "wandb": schema.WandbSection,
     "stages": schema.StageSection,
+    "study": schema.StudyRecipe,
+    "matrix": schema.RowSection,
     "eval.with": DigitsEvaluation,
     "student_sampling": StudentSampling,
     "student_sampling with causal_ode": CausalOdeSampling,

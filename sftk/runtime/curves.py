@@ -8,12 +8,15 @@ from html import escape
 from typing import Any
 
 from sftk.runtime.charts import log_ticks, tick_label, ticks_around
-from sftk.runtime.page import metric_title, note, words
+from sftk.runtime.page import metric_title, words
 
 _WIDTH, _HEIGHT = 320, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 10, 38
+_LOG_ABOVE = 8
 _COLOURS = 10
 """Classes `c0` to `c9` of the page's style; further series are dashed."""
+
+DRIFT_NOTE = "Each point judges one window of the long rollout; the axis says at which frame the window begins."
 
 Curve = tuple[Sequence[float], Sequence[float | None]]
 
@@ -22,7 +25,7 @@ def drift_charts(drift: Mapping[str, Mapping[str, Sequence[Any]]]) -> str:
     """A chart for each metric with a line for each method, and their legend.
 
     Args:
-        drift: method to `start` (first frames of the windows) and a list of as many values for each metric; None is no value.
+        drift: a method's title to `start`, the first frames of the windows, and for each metric as many values (None is none).
 
     Example:
         >>> found = {"start": [0, 21], "frechet": [5.0, 9.0]}
@@ -35,14 +38,11 @@ def drift_charts(drift: Mapping[str, Mapping[str, Sequence[Any]]]) -> str:
         _chart(metric, {name: (found["start"], found[metric]) for name, found in drift.items() if metric in found}, list(drift))
         for metric in metrics
     ]
-    sentence = "Each point judges one window of the long rollout; the axis says at which frame the window begins."
-    return f'{_legend(list(drift))}<div class="charts">{"".join(charts)}</div>{note(sentence)}'
+    return f'{_legend(list(drift))}<div class="charts">{"".join(charts)}</div>'
 
 
 def _legend(names: Sequence[str]) -> str:
-    if len(names) < 2:
-        return ""
-    items = "".join(f'<li class="{_style(index)}">{escape(words(name))}</li>' for index, name in enumerate(names))
+    items = "".join(f'<li class="{_style(index)}">{escape(name)}</li>' for index, name in enumerate(names))
     return f'<ul class="legend">{items}</ul>'
 
 
@@ -58,7 +58,7 @@ def _chart(metric: str, curves: Mapping[str, Curve], order: Sequence[str]) -> st
     if not values:
         return f'<figure class="chart">{title}</figcaption><p class="note">no finite value</p></figure>'
     low, high = min(values), max(values)
-    log = low > 0 and high / low > 30
+    log = low > 0 and high / low > _LOG_ABOVE and "accuracy" not in metric
     ticks = log_ticks(low, high) if log else ticks_around(low, high)
     if "accuracy" in metric:
         ticks = [tick for tick in ticks if tick <= 1 + 1e-9]
@@ -84,9 +84,9 @@ def _chart(metric: str, curves: Mapping[str, Curve], order: Sequence[str]) -> st
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.25"/>' for x, y in places)
         path = f'<polyline points="{line}"/>' if len(places) > 1 else ""
-        parts.append(f'<g class="curve {_style(order.index(name))}"><title>{escape(words(name))}</title>{path}{dots}</g>')
+        parts.append(f'<g class="curve {_style(order.index(name))}"><title>{escape(name)}</title>{path}{dots}</g>')
     svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(words(metric))}">{"".join(parts)}</svg>'
-    small = " <small>log scale</small>" if log else ""
+    small = ", log scale" if log else ""
     return f'<figure class="chart">{title}{small}</figcaption>{svg}</figure>'
 
 

@@ -39,6 +39,7 @@ class DigitsEvaluation:
 
     Args:
         student, teacher: roles; null leaves them out.
+        before: judge the student before training, too, where it starts from weights.
         frames: length of every window that is judged; by default that of the recipe's latents.
         clips: how many are sampled, with prompts over all digits and directions.
         late_frames: length of the long rollout, whose last window is judged too; null leaves it out.
@@ -51,6 +52,7 @@ class DigitsEvaluation:
 
     student: str | None = None
     teacher: str | None = None
+    before: bool = True
     frames: int | None = attrs.field(default=None, validator=at_least(1))
     clips: int = attrs.field(default=400, validator=at_least(1))
     late_frames: int | None = attrs.field(default=63, validator=at_least(1))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sftk.errors import SftkError
 
+_COMMAND = (sys.executable, "-m", "sftk")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -34,7 +35,6 @@ class Job:
     """
 
     def __init__(self, arguments: Sequence[str], log: Path, *, threads: int, keep: Sequence[int] = ()):
-        command = [sys.executable, "-m", "sftk", *arguments]
         self.log, self.began = log, time.monotonic()
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
@@ -42,7 +42,7 @@ class Job:
             output.flush()
             self._from = output.tell()
             self._process = subprocess.Popen(
-                command,
+                [*_COMMAND, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -70,10 +70,12 @@ class Job:
             self._process.send_signal(number)
 
     def tail(self, lines: int = 12) -> list[str]:
-        """The last lines of what this process wrote."""
+        """The error message that ends what this process wrote, or else its last lines; at most so many."""
         with self.log.open("rb") as file:
             file.seek(self._from)
-            return file.read().decode(errors="replace").rstrip().splitlines()[-lines:]
+            printed = file.read().decode(errors="replace").rstrip().splitlines()
+        error = next((index for index in reversed(range(len(printed))) if printed[index].startswith("error: ")), None)
+        return printed[-lines:] if error is None else printed[error:][:lines]
 
 
 def available_threads() -> int:

@@ -105,7 +105,7 @@ def metric_title(name: str) -> str:
         >>> metric_title("train_seconds")
         'Train seconds'
     """
-    arrows = {1: ' <span title="higher is better">↑</span>', -1: ' <span title="lower is better">↓</span>', 0: ""}
+    arrows = {1: '&nbsp;<span title="higher is better">↑</span>', -1: '&nbsp;<span title="lower is better">↓</span>', 0: ""}
     return escape(words(name).replace("Frechet", "Fréchet")) + arrows[better(name)]
 
 

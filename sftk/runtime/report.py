@@ -12,7 +12,7 @@ from typing import Any
 
 from sftk.errors import DataError
 from sftk.runtime.charts import line_chart
-from sftk.runtime.curves import drift_charts
+from sftk.runtime.curves import DRIFT_NOTE, drift_charts
 from sftk.runtime.page import decimals, fact_list, note, number, scrolling_table, section, table_head, words, write_page
 from sftk.runtime.tracking import read_metrics
 
@@ -57,7 +57,11 @@ def write_report(run_dir: str | Path) -> Path:
     parts = [
         fact_list(facts),
         section("Results", _table(rows, summary) if rows else note(problem or "The summary holds no metrics.")),
-        *([section("Drift", drift_charts(drift))] if drift else []),
+        *(
+            [section("Drift", drift_charts({words(name): found for name, found in drift.items()}), note(DRIFT_NOTE))]
+            if drift
+            else []
+        ),
         section("Samples", *(videos or [note("The run has no sample videos yet.")]), *sheets, *left_out),
         section("Training", *_curves(metrics)),
         section("Recipe", recipe_details(recipe) if recipe is not None else note("The run has no recipe.yaml.")),

@@ -136,11 +136,12 @@ class _Evaluation:
 
     def before(self) -> None:
         """Judges the student as the stage finds it, once; a resumed run reads what it wrote."""
-        if self.options.student is None or self.stage.recipe.models[self.options.student].weights is None:
+        options = self.options
+        if options.student is None or not options.before or self.stage.recipe.models[options.student].weights is None:
             return
         if self.run.read("student_before.json") is None:
             self.progress.note("evaluating the student before training")
-            port = self.training.built.ports[self.options.student]
+            port = self.training.built.ports[options.student]
             with torch.compiler.set_stance("force_eager"):
                 self.run.write("student_before.json", self.evaluator.student_row(port))
 
@@ -167,7 +168,7 @@ class _Evaluation:
             samples["teacher"] = ("teacher", port)
         if options.student is not None:
             port = evaluation_port(built, options.student, precision)
-            before = self.run.read("student_before.json")
+            before = self.run.read("student_before.json") if options.before else None
             if before is not None:
                 rows["student_before"] = before
             rows["student_after"] = self.evaluator.student_row(port, drift=True)

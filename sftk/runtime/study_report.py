@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sftk.errors import DataError
-from sftk.runtime.curves import drift_charts
+from sftk.runtime.curves import DRIFT_NOTE, drift_charts
 from sftk.runtime.media import can_write_mp4, contact_sheet, video_grid, write_gif, write_mp4
 from sftk.runtime.page import (
     better,
@@ -31,6 +33,7 @@ from sftk.runtime.report import media_figures, recipe_details
 _HIDDEN = ("study", "doc", "rows", "references")
 _SECONDS = "train_seconds"
 _PROMPTS, _COLUMNS, _FPS = 3, 13, 8
+_REFERENCES = {"real": "Real clips"}
 _TITLES = {"": "first window", "late": "last window of the long rollout", "training": "training"}
 
 
@@ -60,8 +63,8 @@ def write_study_report(folder: str | Path) -> Path:
         note(summary["doc"]) if summary.get("doc") else "",
         fact_list({name: value for name, value in summary.items() if name not in _HIDDEN and value is not None}),
         section("Results", _table(rows, summary.get("references", {})), _legend(rows, summary)),
-        *([section("Drift", *drift)] if (drift := _drift(rows)) else []),
-        section("Samples", *(sheets or [note("No run left samples.")]), *videos, *left_out),
+        *([section("Drift", *drift, note(DRIFT_NOTE))] if (drift := _drift(rows)) else []),
+        section("Samples", *_samples(sheets, videos, left_out)),
         section("Runs", _runs(rows)),
         *([section("Study", recipe_details(study.read_text(encoding="utf-8")))] if study.exists() else []),
     ]
@@ -69,36 +72,51 @@ def write_study_report(folder: str | Path) -> Path:
 
 
 def write_samples(folder: Path, rows: Mapping[str, Any]) -> None:
-    """Contact sheets and a video of the rows side by side: the same prompts from the same noise, each row's first seed.
+    """Contact sheets and a video of the rows of each group: the same prompts from the same noise, each row's first seed.
 
     Args:
-        folder: of the study; `samples/` is made in it.
+        folder: of the study; `samples/` in it is made anew.
         rows: those of its summary.
 
     Example:
         >>> write_samples(Path("no/such/folder"), {})
     """
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for row in rows.values():
-        done = [folder / run["folder"] / "samples" / "student.npz" for run in row["runs"].values() if run["state"] == "done"]
-        path = next((path for path in done if path.exists()), None)
-        if path is not None:
-            with np.load(path) as saved:
-                found[row["title"]] = dict(zip(saved["prompts"].tolist(), saved["frames"], strict=True))
-    prompts = [prompt for prompt in next(iter(found.values()), {}) if all(prompt in clips for clips in found.values())]
-    prompts = prompts[:_PROMPTS]
-    if not prompts:
-        return
     samples = folder / "samples"
-    for prompt in prompts:
-        sheet = [(title, clips[prompt]) for title, clips in found.items()]
-        contact_sheet(
-            samples / f"{prompt.replace(' ', '_')}.png", sheet, columns=_COLUMNS, title=f"{prompt}, from the same noise"
-        )
-    grid = video_grid([(prompt, [clips[prompt] for clips in found.values()]) for prompt in prompts], list(found))
-    write_gif(samples / "side_by_side.gif", grid, _FPS, scale=1)
-    if can_write_mp4():
-        write_mp4(samples / "side_by_side.mp4", grid, _FPS, scale=1)
+    shutil.rmtree(samples, ignore_errors=True)
+    for group in _groups(rows):
+        found = {row["title"]: clips for row in _of_group(rows, group) if (clips := _clips(folder, row))}
+        prompts = [prompt for prompt in next(iter(found.values()), {}) if all(prompt in clips for clips in found.values())]
+        for prompt in prompts[:_PROMPTS]:
+            sheet = [(title, clips[prompt]) for title, clips in found.items()]
+            contact_sheet(samples / f"{_file_name(group, prompt)}.png", sheet, columns=_COLUMNS)
+        if prompts:
+            shown = [(prompt, [clips[prompt] for clips in found.values()]) for prompt in prompts[:_PROMPTS]]
+            grid, name = video_grid(shown, list(found)), _file_name(group, "side by side")
+            write_gif(samples / f"{name}.gif", grid, _FPS, scale=1)
+            if can_write_mp4():
+                write_mp4(samples / f"{name}.mp4", grid, _FPS, scale=1)
+
+
+def _clips(folder: Path, row: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Prompt to frames [F, H, W] that the row's first run with samples left."""
+    done = [folder / run["folder"] / "samples" / "student.npz" for run in row["runs"].values() if run["state"] == "done"]
+    path = next((path for path in done if path.exists()), None)
+    if path is None:
+        return {}
+    with np.load(path) as saved:
+        return dict(zip(saved["prompts"].tolist(), saved["frames"], strict=True))
+
+
+def _groups(rows: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row.get("group", "") for row in rows.values()))
+
+
+def _of_group(rows: Mapping[str, Any], group: str) -> list[Any]:
+    return [row for row in rows.values() if row.get("group", "") == group]
+
+
+def _file_name(group: str, name: str) -> str:
+    return re.sub(r"[^\w,.-]+", "_", f"{group}, {name}" if group else name)
 
 
 Column = tuple[str, str]
@@ -133,16 +151,19 @@ def _table(rows: Mapping[str, Any], references: Mapping[str, Any]) -> str:
     head = table_head(columns | {"training": [_SECONDS]}, _TITLES, lead).replace("Train seconds", "Seconds")
     body = ""
     if references:
-        lines = [_line(words(name), [*("" for _ in labels), ""], row, {}, flat, places, {}) for name, row in references.items()]
+        lines = [
+            _line(_REFERENCES.get(name, words(name)), [*("" for _ in labels), ""], row, {}, flat, places, {})
+            for name, row in references.items()
+        ]
         body += f"<tbody>{''.join(lines)}</tbody>\n"
-    for group in dict.fromkeys(row.get("group", "") for row in rows.values()):
-        mine = [row for row in rows.values() if row.get("group", "") == group]
+    for group in _groups(rows):
+        mine = _of_group(rows, group)
         best = {column: _best([_get(row["mean"], column) for row in mine], column[1]) for column in flat}
         lines = [_row_line(row, labels, flat, places, best) for row in mine]
         span = len(lead) + len(flat) + 1
         title = f'<tr class="group"><th colspan="{span}" scope="rowgroup">{escape(group)}</th></tr>' if group else ""
         body += f"<tbody>{title}{''.join(lines)}</tbody>\n"
-    return scrolling_table("Results", head, body)
+    return f'<div class="compact">{scrolling_table("Results", head, body)}</div>'
 
 
 def _row_line(row: Mapping[str, Any], labels: Sequence[str], flat: Sequence[Column], places: Any, best: Any) -> str:
@@ -200,11 +221,17 @@ def _legend(rows: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     return note(sentence + (f" Training times were taken with up to {jobs} runs side by side." if jobs > 1 else ""))
 
 
+def _samples(sheets: Sequence[str], videos: Sequence[str], left_out: Sequence[str]) -> list[str]:
+    if not sheets:
+        return [note("No run left samples.")]
+    said = "The same prompts from the same noise, by the first seed of each row; the numbers count frames."
+    return [note(said), *sheets, *videos, *left_out]
+
+
 def _drift(rows: Mapping[str, Any]) -> list[str]:
     parts = []
-    groups = dict.fromkeys(row.get("group", "") for row in rows.values())
-    for group in groups:
-        mine = {row["title"]: row["drift"] for row in rows.values() if row.get("drift") and row.get("group", "") == group}
+    for group in _groups(rows):
+        mine = {row["title"]: row["drift"] for row in _of_group(rows, group) if row.get("drift")}
         if mine:
             parts += [f"<h3>{escape(group)}</h3>"] if group else []
             parts.append(drift_charts(mine))

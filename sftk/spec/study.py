@@ -170,11 +170,11 @@ class _RowReader:
                 continue
             found[role] = row, source
             before = self.rows.get(row)
-            if before is None:
-                continue
+            if before is None or source not in before.stage.recipe.models:
+                continue  # that is reported where stages are checked
             updated = {name for phase in before.stage.recipe.phases for name in phase.roles}
             at = ("models", role, "weights")
-            if source in before.stage.recipe.models and source not in updated:
+            if source not in updated:
                 message = f"{row!r} does not train {source!r}, and so leaves no weights of it"
                 self.problems.append(stage.document.problem(at, message, did_you_mean(source, updated)))
             missing = [seed for seed in seeds if seed not in before.seeds]

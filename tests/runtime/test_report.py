@@ -78,7 +78,12 @@ def page(folder: Path, summary: object = SUMMARY) -> Page:
 def test_table(tmp_path: Path):
     rows = page(tmp_path).rows
     assert rows[0][1] == ["", "", "last 21 of 63 frames"]
-    assert rows[1][1] == ["Digit accuracy ↑", "Fréchet ↓", "Digit accuracy ↑", "Fréchet ↓"]
+    assert [cell.replace("\xa0", " ") for cell in rows[1][1]] == [
+        "Digit accuracy ↑",
+        "Fréchet ↓",
+        "Digit accuracy ↑",
+        "Fréchet ↓",
+    ]
     assert [cells for _, cells in rows[2:]] == [
         ["Real", "0.994", "1.7", "0.991", "1.9"],
         ["Teacher", "0.850", "4.6", "–", "–"],
