@@ -46,7 +46,8 @@ def write_study_report(folder: str | Path) -> Path:
     Example:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
-        >>> row = {"title": "DMD", "runs": {"0": {"state": "done"}}, "mean": {"frechet": 6.8}, "spread": {"frechet": 0.5}}
+        >>> runs = {"0": {"state": "done", "folder": "runs/dmd/seed_0"}}
+        >>> row = {"title": "DMD", "runs": runs, "mean": {"frechet": 6.8}, "spread": {"frechet": 0.5}}
         >>> _ = (folder / "summary.json").write_text(json.dumps({"study": "study", "rows": {"dmd": row}}))
         >>> "± 0.500" in write_study_report(folder).read_text()
         True
