@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from sftk.functional.attention import attention, attention_mask, available_backends
+from sftk.functional.attention import attention, attention_mask, available_backends, exact_derivatives
 from sftk.functional.keys import Key
 from sftk.functional.layout import Layout
 from sftk.models import WanConfig, WanModel
+from sftk.runtime.parallelize import parallelize
 from sftk.runtime.run import run_recipe
 
 pytestmark = [
@@ -59,6 +60,27 @@ def test_the_model_equals_itself_on_the_cpu():
         on_gpu = model(x.cuda(), t.cuda(), text.cuda(), layout=layout)[0].cpu()
         on_cpu = model.cpu()(x, t, text, layout=layout)[0]
     assert (on_gpu - on_cpu).norm() / on_cpu.norm() < 2e-3
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "full"])
+def test_second_derivatives_through_flex_and_compiled_blocks(checkpoint):
+    """The recomputation of a checkpoint runs in one of autograd's own threads."""
+    x, t, text = torch.randn(1, 6, 16, 8, 12), torch.rand(1, 6) * 1000, torch.randn(1, 8, 32)
+    layout, found = Layout(kind="block_causal", blocks=(3, 3)), []
+    for device in ("cpu", "cuda"):
+        model = random_model().to(device)
+        if device == "cuda":
+            parallelize(model, checkpoint=checkpoint, compile_blocks=True)
+        inputs = [v.to(device).requires_grad_(v is x) for v in (x, t, text)]
+        with exact_derivatives():
+            flow = model(*inputs, layout=layout)[0]
+        (grad,) = torch.autograd.grad(flow.square().sum(), inputs[0], create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), model.patch_embedding.weight)
+        with torch.no_grad(), exact_derivatives():
+            tangent = torch.func.jvp(lambda v, m=model, i=inputs: m(v, *i[1:], layout=layout)[0], (inputs[0],), (inputs[0],))[1]
+        found.append((second.cpu(), tangent.cpu()))
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        assert (on_gpu - on_cpu).norm() / on_cpu.norm() < 5e-3
 
 
 def test_noise_is_equal_under_any_split():
