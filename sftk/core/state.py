@@ -10,6 +10,7 @@ from tensordict import NonTensorData, TensorDict, is_tensor_collection
 
 KEYS: dict[str, str] = {
     "latents": "[B, F, C, H, W] clean latents of the data",
+    "ode_latents": "[B, S, F, C, H, W] states of a solver's trajectory, noisiest first and clean last",
     "noise": "[B, F, C, H, W] standard normal, the start of a rollout",
     "x0": "[B, F, C, H, W] clean latents that a model predicts",
     "noisy": "[B, F, C, H, W] (1 - sigma) x0 + sigma noise",

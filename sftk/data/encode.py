@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sftk.data.choices import Choice
 from sftk.data.codecs import Codec, make_codec
-from sftk.data.lmdb_layout import ShardWriter
+from sftk.data.lmdb_writer import ShardWriter
 from sftk.data.video import find_videos, read_clips
 from sftk.errors import DataError, SftkError
 

@@ -126,6 +126,16 @@ def load_image(item: ImageItem, height: int, width: int) -> Tensor:
     return cover(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255, height, width)[0]
 
 
+def _damage(item: ImageItem) -> str | None:
+    """What is wrong with an item's file, or None."""
+    try:
+        with Image.open(item.path) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        return f"cannot read the image {item.path}: {error}"
+    return None
+
+
 @attrs.frozen(eq=False)
 class ImageCaptions:
     """A map-style data set of captioned images, as the first frames that image-to-video continues.
@@ -135,6 +145,7 @@ class ImageCaptions:
         text, codec: embed the captions, encode the images.
         channels, height, width: of the latents.
         negative: the unconditional prompt.
+        skip_bad: leave out images that are missing or damaged; `bad` lists them. Opens every file once.
         frames, seed: not used.
 
     Keys of a sample:
@@ -151,16 +162,24 @@ class ImageCaptions:
     height: int
     width: int
     negative: str = ""
+    skip_bad: bool = False
     frames: int = 1
     seed: int = 0
     items: tuple[ImageItem, ...] = attrs.field(init=False, repr=False)
+    bad: tuple[str, ...] = attrs.field(init=False, repr=False)
     coder: Codec = attrs.field(init=False, repr=False)
     keys: TextKeys = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         coder = make_codec(self.codec)
         check_codec(coder, self.channels, str(self.path))
-        object.__setattr__(self, "items", read_items(self.path))
+        items = read_items(self.path)
+        found = [_damage(item) for item in items] if self.skip_bad else []
+        good = tuple(item for item, problem in zip(items, found, strict=True) if problem is None) if self.skip_bad else items
+        if not good:
+            raise DataError(f"{self.path} holds no usable image: {found[0]}")
+        object.__setattr__(self, "items", good)
+        object.__setattr__(self, "bad", tuple(problem for problem in found if problem is not None))
         object.__setattr__(self, "coder", coder)
         object.__setattr__(self, "keys", TextKeys(make_embedder(self.text), self.negative))
 

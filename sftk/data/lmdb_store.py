@@ -10,15 +10,8 @@ from pathlib import Path
 import attrs
 from torch import Tensor
 
-from sftk.data.lmdb_layout import (
-    Header,
-    ShardWriter,
-    is_environment,
-    open_for_reading,
-    read_header,
-    read_record,
-    record_problem,
-)
+from sftk.data.lmdb_layout import Header, is_environment, open_for_reading, read_header, read_record, record_problem
+from sftk.data.lmdb_writer import ShardWriter
 from sftk.errors import DataError
 
 Place = tuple[int, int]

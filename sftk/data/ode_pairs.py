@@ -88,6 +88,8 @@ class PairPlan:
     skip_bad: bool = False
 
     def __attrs_post_init__(self) -> None:
+        if not self.keep or self.keep[-1] != 0:
+            raise ValueError(f"keep must end with 0, the clean state, found {list(self.keep)}")
         if self.count is not None and self.count < 1:
             raise ValueError(f"count must be at least 1, found {self.count}")
         if self.teacher is not None and (self.count is None or self.source is None):

@@ -21,7 +21,8 @@ from torch import Tensor
 from sftk.core.graph import Graph
 from sftk.data.choices import call
 from sftk.data.embedders import make_embedder
-from sftk.data.lmdb_layout import ShardWriter, check_about, is_environment, read_about, read_header
+from sftk.data.lmdb_layout import is_environment, read_about, read_header
+from sftk.data.lmdb_writer import ShardWriter, check_about
 from sftk.data.ode_pairs import PairPlan
 from sftk.data.sources import source
 from sftk.errors import DataError, SftkError
@@ -135,8 +136,15 @@ class TeacherPairs:
         self.embed = make_embedder(plan.text)
         self.states = plan.states()
         self.graph = Graph.from_spec("specs/ode_trajectory.yaml", **attrs.asdict(plan.solver))
+        config = _config(plan.teacher.size)
+        found_sizes, wanted = (latents.channels, self.embed.shape[1]), (config.in_dim, config.text_dim)
+        if found_sizes != wanted:
+            raise DataError(
+                f"the teacher takes latents of {wanted[0]} channels and prompt embeddings of width {wanted[1]}; "
+                f"found {found_sizes[0]} in the recipe and {found_sizes[1]} from the text embedder"
+            )
         model = build_model(
-            _config(plan.teacher.size),
+            config,
             weights=Path(plan.teacher.weights),
             seed=0,
             dtype=plan.teacher.dtype,

@@ -87,6 +87,9 @@ def test_other_errors(folder, tmp_path):
     (folder / "26-15" / "cut.png").write_bytes((folder / "26-15" / "cut.png").read_bytes()[:60])
     with pytest.raises(DataError, match=r"cannot read the image .*26-15/cut.png"):
         make(folder)[1]
+    data = make(folder, skip_bad=True)
+    assert (len(data), len(data.bad)) == (1, 1)
+    assert "26-15/cut.png" in data.bad[0]
     with pytest.raises(DataError, match="the codec makes 4 channels, the recipe's latents have 12"):
         make(folder, codec="digits")
     (folder / "target_crop_info_1-1.json").write_text("[]")

@@ -11,8 +11,9 @@ import lmdb
 import pytest
 import torch
 
-from sftk.data.lmdb_layout import ShardWriter, latents_key, prompt_key, read_about, read_header
+from sftk.data.lmdb_layout import latents_key, prompt_key, read_about, read_header
 from sftk.data.lmdb_store import LatentStore, check_latents, write_store
+from sftk.data.lmdb_writer import ShardWriter
 from sftk.errors import DataError
 
 

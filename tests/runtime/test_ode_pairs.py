@@ -23,6 +23,7 @@ from sftk.errors import CheckpointError, DataError, SpecError
 from sftk.functional.keys import Key
 from sftk.models.wan import WanModel
 from sftk.models.weights import read_config
+from sftk.runtime.inference import load_student
 from sftk.runtime.loader import make_loader
 from sftk.runtime.ode_pairs import make_pairs, pair_job
 from sftk.runtime.port import Port
@@ -229,7 +230,8 @@ def test_other_settings_are_refused(recipe):
 def test_errors_of_the_recipe(recipe, tiny):
     for change, message in (
         ("keep=[1000, 990, 0]", r"keep: 1000 and 990 fall on one grid point of a solver with 8 steps; give it more steps"),
-        ("keep=[500, 750]", "steps must descend"),
+        ("keep=[500, 750, 0]", "steps must descend"),
+        ("keep=[1000, 500]", r"keep must end with 0, the clean state, found \[1000.0, 500.0\]"),
         ("solver.stepz=3", "solver has no option 'stepz'.*did you mean 'steps'"),
         ("solver.steps=0", "steps must be at least 1, found 0"),
         ("source.use=digitz", "unknown data set 'digitz'"),
@@ -248,6 +250,10 @@ def test_errors_of_the_recipe(recipe, tiny):
 def test_errors_of_the_teacher_and_the_source(recipe):
     with pytest.raises(CheckpointError, match="do not fit the model"):
         prepare_recipe(recipe(), ["data.with.teacher.size=digits"])
+    with pytest.raises(
+        DataError, match="the teacher takes latents of 4 channels and prompt embeddings of width 16; found 4 in"
+    ):
+        prepare_recipe(recipe(), ["data.with.teacher.size.text_dim=16"])
     with pytest.raises(DataError, match="the source of ODE pairs has no prompts"):
         prepare_recipe(recipe(), ["data.with.source={use: random, with: {text_len: 4, text_dim: 32}}"])
 
@@ -272,8 +278,10 @@ def test_the_data_set(recipe):
 
 def test_a_run_makes_its_pairs_first_and_lists_what_it_leaves_out(recipe, tmp_path):
     path, console = recipe(), Console(file=io.StringIO(), width=200)
-    run = run_recipe(path, ["data.with.count=6"], run_dir=tmp_path / "run", console=console)
+    run = run_recipe(path, ["data.with.count=6", "data.with.codec=digits"], run_dir=tmp_path / "run", console=console)
     assert run.summary.is_file()
+    video = load_student(run.root).sample(["a 3 moving left"])
+    assert video.shape == (1, 6, 16, 16)
     said = console.file.getvalue()
     assert f"{tmp_path}/pairs: making ODE pairs 1 to 6, 8 steps, kept at 1000, 900, 750, 500, 0\nODE pairs" in said
     assert "6 ODE pairs, 6 of them made now" in said
