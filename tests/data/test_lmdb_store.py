@@ -205,7 +205,7 @@ def test_a_fork_opens_its_own_environment(tmp_path):
 KILLED = """\
 import os, sys, torch
 from pathlib import Path
-from sftk.data.lmdb_layout import ShardWriter
+from sftk.data.lmdb_writer import ShardWriter
 with ShardWriter(Path(sys.argv[1]), (1, 1, 1, 1)) as writer:
     while True:
         writer.append([torch.full((1, 1, 1, 1), float(writer.count))], ["x"])
@@ -216,10 +216,12 @@ with ShardWriter(Path(sys.argv[1]), (1, 1, 1, 1)) as writer:
 def test_a_killed_writer_leaves_whole_records(tmp_path):
     for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "s")], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        seen = [int(process.stdout.readline()) for _ in range(7)]
-        process.kill()
-        process.communicate()
+        try:
+            assert process.stdout is not None
+            seen = [int(process.stdout.readline()) for _ in range(7)]
+        finally:
+            process.kill()
+            process.communicate()
         assert read_header(tmp_path / "s").count >= seen[-1]
     store = LatentStore.open(tmp_path / "s")
     assert [store[i][0].item() for i in range(len(store))] == [float(i) for i in range(len(store))]
