@@ -186,11 +186,11 @@ def _curves(metrics: list[dict[str, Any]]) -> list[str]:
     return [*out, note("Faint: each step. Line: an average over about a twentieth of the steps.")]
 
 
-def recipe_details(text: str) -> str:
+def recipe_details(text: str, title: str = "Resolved recipe") -> str:
     """A recipe, folded away.
 
     Example:
         >>> "2 lines" in recipe_details("version: 1\\nseed: 0")
         True
     """
-    return f"<details><summary>Resolved recipe, {len(text.splitlines())} lines</summary><pre>{escape(text)}</pre></details>"
+    return f"<details><summary>{escape(title)}, {len(text.splitlines())} lines</summary><pre>{escape(text)}</pre></details>"

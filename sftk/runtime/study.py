@@ -65,7 +65,7 @@ def run_study(
     runs = plan_runs(study, folder.root)
     console = console or Console()
     with locked(folder.root / "lock") as lock, StudyProgress(console, runs) as progress:
-        write_text(folder.root / "study.yaml", dump_yaml(study.document.value))
+        write_text(folder.root / "study.yaml", dump_yaml(study.resolved))
         before = sum(run.state == "done" for run in runs.values())
         progress.event(f"{len(runs)} runs, {before} of them done before, {jobs} at a time")
         began = time.monotonic()

@@ -67,7 +67,11 @@ def write_study_report(folder: str | Path) -> Path:
         *([section("Drift", *drift, note(DRIFT_NOTE))] if (drift := _drift(rows)) else []),
         section("Samples", *_samples(sheets, videos, left_out)),
         section("Runs", _runs(rows)),
-        *([section("Study", recipe_details(study.read_text(encoding="utf-8")))] if study.exists() else []),
+        *(
+            [section("Study", recipe_details(study.read_text(encoding="utf-8"), "The study as it was run"))]
+            if study.exists()
+            else []
+        ),
     ]
     return write_page(folder / "report.html", words(summary["study"]), "sftk study report", [part for part in parts if part])
 
@@ -253,4 +257,6 @@ def _runs(rows: Mapping[str, Any]) -> str:
                 logs += f"<details open><summary>{name}</summary><pre>{tail}</pre></details>"
     head = "".join(f'<th scope="col">{title}</th>' for title in ("Seed", "State", "Training", "Folder"))
     table = scrolling_table("Runs", f"<thead><tr><td></td>{head}</tr></thead>", f"<tbody>{lines}</tbody>")
-    return f'<div class="runs">{table}</div>{logs}'
+    states = [run["state"] for row in rows.values() for run in row["runs"].values()]
+    done = f"{states.count('done')} of {len(states)} runs are done"
+    return f'{logs}<details class="runs"><summary>{done}</summary>{table}</details>'

@@ -12,10 +12,12 @@ import attrs
 from sftk.errors import Problem, SpecError, did_you_mean
 from sftk.spec.convert import structure_what_fits
 from sftk.spec.document import Document
+from sftk.spec.files import show_path
 from sftk.spec.graphs import once
 from sftk.spec.parts import apply_with, override, read_part
 from sftk.spec.recipe import Check, Stage, find_document, read_stage
 from sftk.spec.schema import RowSection, StudyRecipe
+from sftk.spec.source import parse_value
 
 _OF_THE_STUDY = ("doc", "seeds", "matrix")
 """Keys that an override changes in the study itself; every other one goes to the rows."""
@@ -52,12 +54,29 @@ class Row:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Study:
-    """A study, ready to run: its name (the file's stem), what it is for, its rows, and the document that it came from."""
+    """A study, ready to run: its name (the file's stem), what it is for, and its rows."""
 
     name: str
     doc: str
     rows: tuple[Row, ...]
-    document: Document
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The study as a plain value, every override in the `with` of its row."""
+        matrix = []
+        for row in self.rows:
+            pairs = (text.partition("=") for text in row.overrides)
+            written = {
+                "name": row.name,
+                "recipe": show_path(row.stage.path.resolve()),
+                "title": row.section.title,
+                "group": row.section.group,
+                "labels": row.section.labels,
+                "with": {key.strip(): parse_value(value, "override") for key, _, value in pairs},
+                "seeds": list(row.seeds),
+            }
+            matrix.append({key: value for key, value in written.items() if value not in ("", {})})
+        return {"version": 1, "doc": self.doc, "matrix": matrix}
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = (), *, check: Check | None = None) -> Study:
@@ -100,7 +119,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), *, check: Check 
         rows += [] if row is None else [row]
     if problems:
         raise SpecError(once(problems))
-    return Study(name=found.stem, doc=study.doc, rows=tuple(rows), document=document)
+    return Study(name=found.stem, doc=study.doc, rows=tuple(rows))
 
 
 def _head(override: str) -> str:

@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from sftk.cli import main
 from sftk.errors import SpecError
+from sftk.spec.dump import dump_yaml
 from sftk.spec.recipe import load_recipe
 from sftk.spec.study import load_study
 
@@ -61,6 +62,19 @@ def test_overrides_as_text_give_the_same_recipe(study):
         if row.name == "dmd":
             expected["models"]["generator"]["weights"] = stage.resolved["models"]["generator"]["weights"]
         assert stage.resolved == expected
+
+
+def test_a_resolved_study_reads_back(study, tmp_path):
+    first = load_study(study, ["seeds=[3, 1]", "train.steps=9", "dmd.phases.critic.every=2", "compile=false"])
+    (tmp_path / "again.yaml").write_text(dump_yaml(first.resolved))
+    again = load_study(tmp_path / "again.yaml")
+    for one, other in zip(first.rows, again.rows, strict=True):
+        assert one.stage.recipe == other.stage.recipe
+        assert (one.name, one.title, one.seeds, one.section.labels) == (
+            other.name, other.title, other.seeds, other.section.labels,
+        )  # fmt: skip
+    assert again.rows[1].stage.recipe.phases[1].every == 2
+    assert again.resolved == first.resolved
 
 
 def test_weights_of_the_only_seed_serve_all_and_others_must_match(study):
