@@ -2,7 +2,9 @@
 
 from sftk.functional.attention import attention, available_backends, exact_derivatives
 from sftk.functional.cache import KVCache, append, window
+from sftk.functional.classify import Discriminator, classify
 from sftk.functional.context import commit_context, commit_given, start_cache, window_context
+from sftk.functional.discrete import clean_state, draw_interval, draw_step, pick_ode_states
 from sftk.functional.guidance import guide
 from sftk.functional.interval import draw_interval, ramp
 from sftk.functional.keys import Key, RecordedKey
@@ -13,8 +15,10 @@ from sftk.functional.noise import (
     flow_target,
     flow_to_noise,
     flow_to_x0,
+    follow_flow,
     interpolate,
     noise_to_x0,
+    read_x0,
     x0_to_flow,
 )
 from sftk.functional.plan import Block, Step, plan_blocks, plan_rollout
@@ -28,6 +32,7 @@ from sftk.functional.tangent import flow_tangent
 __all__ = [
     "Block",
     "Denoiser",
+    "Discriminator",
     "KVCache",
     "Key",
     "Layout",
@@ -39,12 +44,15 @@ __all__ = [
     "attention",
     "available_backends",
     "begin_block",
+    "classify",
+    "clean_state",
     "commit_context",
     "commit_given",
     "crop_length",
     "denoise_step",
     "draw_interval",
     "draw_noise",
+    "draw_step",
     "draw_timestep",
     "drop_condition",
     "euler_step",
@@ -54,11 +62,13 @@ __all__ = [
     "flow_target",
     "flow_to_noise",
     "flow_to_x0",
+    "follow_flow",
     "guide",
     "interpolate",
     "join_blocks",
     "noise_to_x0",
     "ode_step",
+    "pick_ode_states",
     "plan_blocks",
     "plan_ode",
     "plan_rollout",
@@ -67,6 +77,7 @@ __all__ = [
     "predict_x0",
     "predict_x0_cfg",
     "ramp",
+    "read_x0",
     "renoise",
     "shift_sigma",
     "start_cache",

@@ -157,3 +157,53 @@ def flow_target(x0: Tensor, noise: Tensor):
         tensor([1.])
     """
     return noise - x0
+
+
+def _read_example(batch: int, randn) -> dict:
+    return {name: randn(batch, 3, 4, 2, 2) for name in ("noisy", "flow")} | {"timestep": randn(batch, 3).sigmoid() * 1000}
+
+
+@transform(out="x0", kind="per_sample", example=_read_example)
+def read_x0(noisy: Tensor, flow: Tensor, timestep: Tensor, *, schedule: ScheduleName = "continuous", shift: float = 1.0):
+    """The clean latents that a flow stands for: `x_t - sigma flow`.
+
+    Args:
+        noisy, flow: [B, F, C, H, W].
+        timestep: [B] or [B, F], in [0, 1000].
+        schedule, shift: how the timestep becomes a sigma, see `timestep_to_sigma`.
+
+    Returns:
+        x0: [B, F, C, H, W].
+
+    Example:
+        >>> import torch
+        >>> read_x0(torch.ones(1, 1), torch.ones(1, 1), torch.tensor([250.0]))
+        tensor([[0.7500]])
+    """
+    return flow_to_x0(noisy, flow, timestep_to_sigma(timestep, schedule, shift))
+
+
+def _follow_example(batch: int, randn) -> dict:
+    return _read_example(batch, randn) | {"next_timestep": randn(batch, 3).sigmoid() * 1000}
+
+
+@transform(out="stepped", kind="per_sample", example=_follow_example)
+def follow_flow(noisy: Tensor, flow: Tensor, timestep: Tensor, next_timestep: Tensor):
+    """One Euler step along a flow, each frame between its own two timesteps.
+
+    Args:
+        noisy, flow: [B, F, C, H, W].
+        timestep, next_timestep: [B] or [B, F], in [0, 1000].
+
+    Returns:
+        stepped: [B, F, C, H, W], at `next_timestep`.
+
+    Source: flow matching, arXiv 2210.02747, sampled with Euler's method.
+
+    Example:
+        >>> import torch
+        >>> follow_flow(torch.ones(1, 1), torch.ones(1, 1), torch.tensor([750.0]), torch.tensor([500.0]))
+        tensor([[0.7500]])
+    """
+    sigma, following = timestep_to_sigma(timestep), timestep_to_sigma(next_timestep)
+    return noisy + (expand_sigma(following, noisy) - expand_sigma(sigma, noisy)) * flow

@@ -89,7 +89,8 @@ def _cfg_example(batch: int, randn) -> dict:
 
 
 def _forced_example(batch: int, randn) -> dict:
-    return _example(batch, randn) | {"latents": randn(batch, 6, 4, 2, 2)}
+    negative = {"negative_embeds": randn(batch, 2, 8), "scale": 2.0}
+    return _example(batch, randn) | {"latents": randn(batch, 6, 4, 2, 2)} | negative
 
 
 @transform(out="flow", kind="per_sample", models=("denoiser",), example=_example, check=block_problems)
@@ -223,8 +224,10 @@ def predict_flow_teacher_forced(
     timestep: Tensor,
     latents: Tensor,
     prompt_embeds: Tensor,
+    negative_embeds: Tensor | None = None,
     clean_timestep: Tensor | None = None,
     *,
+    scale: float = 1.0,
     frames_per_block: int = 3,
     independent_first_frame: bool = False,
 ):
@@ -233,7 +236,9 @@ def predict_flow_teacher_forced(
     Args:
         noisy, timestep, prompt_embeds: see `predict_flow`; the timestep may differ between blocks.
         latents: [B, F, C, H, W], the clean frames (or slightly noised ones).
+        negative_embeds: [B, L, D], for guidance.
         clean_timestep: [B, F], what the network is told of the clean frames; 0 by default.
+        scale: guidance, see `predict_x0_cfg`; 1 makes one pass only.
         frames_per_block, independent_first_frame: the blocks.
 
     Returns:
@@ -252,4 +257,9 @@ def predict_flow_teacher_forced(
     clean_timestep = torch.zeros_like(timestep) if clean_timestep is None else clean_timestep
     both, times = torch.cat([latents, noisy], 1), torch.cat([clean_timestep, timestep], 1)
     flow: Any = denoiser(both, times, prompt_embeds, layout=layout, positions=layout.positions)[0]
+    if scale != 1.0:
+        if negative_embeds is None:
+            raise ShapeError(f"guidance of scale {scale} needs negative_embeds")
+        uncond: Any = denoiser(both, times, negative_embeds, layout=layout, positions=layout.positions)[0]
+        flow = guide(flow, uncond, scale=scale)
     return flow[:, latents.shape[1] :]

@@ -88,8 +88,8 @@ def _timestep_check(options: Mapping[str, Any], frames: int | None) -> Iterator[
         yield "clamp", f"expected [low, high] with 0 <= low <= high <= {TIMESTEPS}, found {list(options['clamp'])}"
     if options["shift"] <= 0:
         yield "shift", f"a shift is above 0, found {options['shift']}"
-    if not 0 <= options["low"] < options["high"] <= TIMESTEPS:
-        yield "low", f"expected 0 <= low < high <= {TIMESTEPS}, found low {options['low']} and high {options['high']}"
+    if not 0 <= options["low"] <= options["high"] <= TIMESTEPS:
+        yield "low", f"expected 0 <= low <= high <= {TIMESTEPS}, found low {options['low']} and high {options['high']}"
 
 
 @transform(out="timestep", kind="keyed", example=_timestep_example, check=_timestep_check)

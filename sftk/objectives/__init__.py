@@ -1,5 +1,6 @@
 """Objectives as functions; methods are graphs that share them."""
 
+from sftk.objectives.consistency import consistency_loss
 from sftk.objectives.denoising import denoising_error, denoising_loss, flow_matching_loss, squared_error
 from sftk.objectives.divergence import divergence_weight, f_divergence, mean_log_ratio, weigh_samples
 from sftk.objectives.dmd import dmd_gradient, mean_magnitude, per_sample_normalizer, surrogate_loss
@@ -11,6 +12,7 @@ __all__ = [
     "Reward",
     "adaptive_loss",
     "combine_losses",
+    "consistency_loss",
     "consistency_target",
     "decode",
     "denoising_error",

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode does not make the helpers beside the tests importable
 
-from parity_cases import FAMILIES, FOLDER, LATER, Case, case_names, family_of
+from parity_cases import FAMILIES, FOLDER, Case, case_names, family_of
 
 WORST: dict[str, tuple[float, str, str]] = {}
 
@@ -40,6 +40,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section(f"parity with {FOLDER.name}: worst relative error")
     for family, (error, name, key) in WORST.items():
         terminalreporter.write_line(f"{family:20} {error:.1e}  {name}: {key}")
-    later = [name for name in case_names() if family_of(name) in LATER]
-    if WORST and later:
-        terminalreporter.write_line("not tested yet: " + ", ".join(later))

@@ -39,12 +39,12 @@ FAMILIES = {
     "denoising_losses": "x|noise|x_pred|noise_pred|flow_pred|alphas_cumprod|timestep",
     "dmd_generator_step": ROLLOUT_INPUTS + "|negative_prompt_embeds|score_noise|raw_timestep",
     "dmd": SCORE_INPUTS,
+    "sid": SCORE_INPUTS,
+    "gan": r"logit_(real|fake)(_perturbed)?|x_real|x_fake|raw_timestep|[dg]\.(noise_\w+|r\d_perturbation_noise)",
+    "ode_regression": "ode_latent|prompt_embeds|raw_random_index",
     "lmdb": "",
 }
 """File name prefix, after which the test that runs the file is named, and the keys that are inputs; all others are results."""
-
-LATER = ("sid", "gan", "ode_regression")
-"""Prefixes of what does not exist in this package yet: SiD, GAN and ODE-regression objectives."""
 
 DEFAULTS = {"score_shift": 8.0, "min_step": 20, "max_step": 980}
 """The reference's built-in values, for a case that does not record them in a folder that does not either."""
@@ -52,7 +52,7 @@ DEFAULTS = {"score_shift": 8.0, "min_step": 20, "max_step": 980}
 
 def family_of(name: str) -> str | None:
     """The longest known prefix of a file's name."""
-    known = [prefix for prefix in (*FAMILIES, *LATER) if re.match(rf"{prefix}(?![a-z])", name)]
+    known = [prefix for prefix in FAMILIES if re.match(rf"{prefix}(?![a-z])", name)]
     return max(known, key=len, default=None)
 
 

@@ -95,6 +95,31 @@ def test_dmd(case: Case):
                 case.check_if_stored(f"pred_{role}_{side}", x0_pred)
 
 
+def test_sid(case: Case):
+    graph = after_rollout(
+        "specs/sid_generator.yaml",
+        ("x0", "prompt_embeds", "negative_embeds", "key"),
+        **score_params(case),
+        guidance=guidance(case.meta["real_guidance_scale"]),
+        alpha=case.meta["sid_alpha"],
+        normalizer_guard=False,
+    )
+    x0 = case["x0"].clone().requires_grad_()
+    embeds = {"cond": case["prompt_embeds"], "uncond": case["negative_prompt_embeds"]}
+    state = {"x0": x0, "prompt_embeds": embeds["cond"], "negative_embeds": embeds["uncond"], "key": score_key(case)}
+    out = graph(state, {"real_score": case.model("real_score"), "fake_score": case.model("fake_score")})
+    check_levels(case, out["score_timestep"])
+    case.check("pred_fake", out["fake_x0"])
+    loss = out["loss"] / out["loss_weight"]
+    case.check("loss", loss)
+    case.check("grad_x0", torch.autograd.grad(loss, x0)[0], GRADIENT)
+    with torch.no_grad():
+        for side, prompt in embeds.items():
+            call = (case.model("real_score"), out["score_noisy"], out["score_timestep"], prompt)
+            x0_pred = predict_x0(*call, schedule="table", shift=case.setting("score_shift"))
+            case.check(f"pred_real_{side}", x0_pred)
+
+
 def test_critic_flow(case: Case):
     model = case.model("fake_score")
     prediction = case.meta["denoising_loss_type"]
