@@ -4,7 +4,7 @@ from sftk.functional.attention import attention, available_backends, exact_deriv
 from sftk.functional.cache import KVCache, append, window
 from sftk.functional.classify import Discriminator, classify
 from sftk.functional.context import commit_context, commit_given, start_cache, window_context
-from sftk.functional.discrete import clean_state, draw_interval, draw_step, pick_ode_states
+from sftk.functional.discrete import clean_state, draw_grid_step, draw_step, pick_ode_states
 from sftk.functional.guidance import guide
 from sftk.functional.interval import draw_interval, ramp
 from sftk.functional.keys import Key, RecordedKey
@@ -50,6 +50,7 @@ __all__ = [
     "commit_given",
     "crop_length",
     "denoise_step",
+    "draw_grid_step",
     "draw_interval",
     "draw_noise",
     "draw_step",

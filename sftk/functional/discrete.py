@@ -152,18 +152,18 @@ def pick_ode_states(ode_latents: Tensor, step_index: Tensor, timestep: Tensor):
     return ode_latents.gather(1, index)[:, 0], ode_latents[:, -1], timestep != 0
 
 
-def _interval_example(batch: int, randn) -> dict:
+def _grid_example(batch: int, randn) -> dict:
     return {"key": Key(seed=3, samples=tuple(range(batch))), "like": randn(batch, 6, 4, 2, 2), "intervals": 8, "shift": 5.0}
 
 
-def _interval_check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str, str]]:
+def _grid_check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str, str]]:
     yield from block_problems(options, frames)
     if options["intervals"] < 1:
         yield "intervals", f"a grid has at least 1 interval, found {options['intervals']}"
 
 
-@transform(out=("timestep", "next_timestep"), kind="keyed", example=_interval_example, check=_interval_check)
-def draw_interval(
+@transform(out=("timestep", "next_timestep"), kind="keyed", example=_grid_example, check=_grid_check)
+def draw_grid_step(
     key: Key,
     like: Tensor,
     *,
@@ -172,7 +172,7 @@ def draw_interval(
     per: Per = "block",
     frames_per_block: int = 3,
     independent_first_frame: bool = False,
-    name: str = "interval",
+    name: str = "grid_step",
 ):
     """Two neighbouring timesteps of a solver's grid.
 
@@ -191,7 +191,7 @@ def draw_interval(
     Source: consistency distillation, arXiv 2303.01469, algorithm 2.
 
     Example:
-        >>> [t.item() for t in draw_interval(Key(seed=0), torch.zeros(1, 1), intervals=1, frames_per_block=1)]
+        >>> [t.item() for t in draw_grid_step(Key(seed=0), torch.zeros(1, 1), intervals=1, frames_per_block=1)]
         [1000.0, 0.0]
     """
     grid = torch.tensor((*inference_timesteps(intervals, shift), 0.0), device=like.device, dtype=torch.float32)

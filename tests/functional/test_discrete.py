@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sftk.errors import ShapeError
-from sftk.functional import Key, draw_interval, draw_step, pick_ode_states
+from sftk.functional import Key, draw_grid_step, draw_step, pick_ode_states
 from sftk.functional.schedule import inference_timesteps, warp_steps
 
 STEPS = (1000.0, 750.0, 500.0, 250.0, 0.0)
@@ -68,7 +68,7 @@ def test_states_of_another_length():
 
 
 def test_intervals_are_neighbours_of_the_solvers_grid():
-    timestep, following = draw_interval(MANY, like(4000, 3), intervals=6, shift=3.0)
+    timestep, following = draw_grid_step(MANY, like(4000, 3), intervals=6, shift=3.0)
     grid = torch.tensor((*inference_timesteps(6, 3.0), 0.0))
     place = (timestep[..., None] == grid).long().argmax(dim=-1)
     torch.testing.assert_close(grid[place], timestep, rtol=0, atol=0)
