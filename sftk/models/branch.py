@@ -137,7 +137,7 @@ class ClassifierBranch(nn.Module):
         """
         if len(features) != len(self.readers):
             raise ShapeError(f"the branch reads {len(self.readers)} hidden states, found {len(features)}")
-        dtype = self.classifier[1].weight.dtype
+        dtype = next(self.parameters()).dtype
         read = [reader(x.to(dtype), self.backend).flatten(1) for reader, x in zip(self.readers, features, strict=True)]
         if self.time is not None:
             level = timestep if timestep.dim() == 1 else timestep.mean(dim=1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from sftk.errors import CheckpointError
 from sftk.models.config import WanConfig
 from sftk.models.wan import WanModel
+
+Module = TypeVar("Module", bound=nn.Module)
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -108,14 +111,28 @@ def build_model(
         >>> build_model(preset("digits"), weights=None, seed=0, dtype="bf16", backend="auto", device=cpu).head.head.weight.dtype
         torch.bfloat16
     """
+    return build_module(lambda: WanModel(config, backend), weights=weights, seed=seed, dtype=dtype, device=device)
+
+
+def build_module(make: Callable[[], Module], *, weights: Path | None, seed: int, dtype: str, device: torch.device) -> Module:
+    """A module with given or random weights, see `build_model`; with given ones only added parts are drawn at random.
+
+    Args:
+        make: constructs it.
+
+    Example:
+        >>> build_module(lambda: nn.Linear(2, 1), weights=None, seed=0, dtype="fp64", device=torch.device("cpu")).weight.dtype
+        torch.float64
+    """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
         if weights is None:
-            return WanModel(config, backend).to(DTYPES[dtype])
+            return make().to(DTYPES[dtype])
         with torch.device("meta"):
-            model = WanModel(config, backend)
+            model = make()
         model = model.to(DTYPES[dtype]).to_empty(device=device)
-        model.reset_added_parts()
+        if isinstance(model, WanModel):
+            model.reset_added_parts()
     load_weights(model, weights)
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,18 @@ from torch import nn
 
 from sftk.core.graph import Graph
 from sftk.data.builtins import builtin
-from sftk.models.weights import build_model
+from sftk.models.branch import ClassifierBranch
+from sftk.models.wan import WanModel
+from sftk.models.weights import build_module
 from sftk.runtime.device import set_precision
 from sftk.runtime.ema import Ema
 from sftk.runtime.optim import make_optimizer
 from sftk.runtime.parallelize import limit_recompiles, parallelize
-from sftk.runtime.port import Port
+from sftk.runtime.port import make_port
 from sftk.runtime.segments import compile_segments
 from sftk.spec.files import find_file
 from sftk.spec.recipe import Stage
-from sftk.spec.schema import ModelSection
+from sftk.spec.schema import ModelSection, Recipe
 
 WeightFinder = Mapping[str, Path]
 """`<stage>/<role>` to the weight file that the stage left."""
@@ -62,13 +65,12 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder) -> Bu
     updated = {role for phase in recipe.phases for role in phase.roles}
     modules: dict[str, nn.Module] = {}
     for index, (role, section) in enumerate(recipe.models.items()):
-        if section.size is not None:
-            model = build_model(
-                section.config,
+        if section.ema_of is None and section.builtin is None:
+            model = build_module(
+                functools.partial(construct, recipe, role),
                 weights=weights_file(section, stage, earlier),
                 seed=recipe.seed * 1000 + index,
                 dtype=section.dtype,
-                backend=section.backend,
                 device=device,
             )
             modules[role] = model.requires_grad_(role in updated)
@@ -76,10 +78,10 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder) -> Bu
     for role, module in modules.items():
         parallelize(module, checkpoint=recipe.models[role].checkpoint, compile_blocks=compiled)
     dtype = set_precision(recipe.precision)
-    ports: dict[str, Any] = {role: Port(module, dtype) for role, module in modules.items()}
+    ports: dict[str, Any] = {role: make_port(module, dtype) for role, module in modules.items()}
     for role, section in recipe.models.items():
         if section.ema_of is not None:
-            ports[role] = Port(emas[section.ema_of].module, dtype)
+            ports[role] = make_port(emas[section.ema_of].module, dtype)
         elif section.builtin is not None:
             ports[role] = builtin(section.builtin, device)
     optimizers: dict[str, torch.optim.Optimizer] = {
@@ -89,6 +91,14 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder) -> Bu
         limit_recompiles()
     graphs = {name: compile_segments(graph) if compiled else graph for name, graph in stage.graphs.items()}
     return Built(modules=modules, emas=emas, ports=ports, optimizers=optimizers, graphs=graphs, device=device)
+
+
+def construct(recipe: Recipe, role: str) -> nn.Module:
+    """A role's module with weights of no meaning: a backbone, or a branch on another role's."""
+    section = recipe.models[role]
+    if section.branch is not None and section.branch_of is not None:
+        return ClassifierBranch(recipe.models[section.branch_of].config, section.branch, section.backend)
+    return WanModel(section.config, section.backend)
 
 
 def weights_file(section: ModelSection, stage: Stage, earlier: WeightFinder) -> Path | None:
@@ -103,4 +113,4 @@ def weights_file(section: ModelSection, stage: Stage, earlier: WeightFinder) -> 
 def evaluation_port(built: Built, role: str, precision: str) -> Any:
     """A role as it is evaluated: its average where one is kept."""
     dtype = torch.bfloat16 if precision == "bf16" else None
-    return Port(built.emas[role].module, dtype) if role in built.emas else built.ports[role]
+    return make_port(built.emas[role].module, dtype) if role in built.emas else built.ports[role]

@@ -16,7 +16,7 @@ def parallelize(model: nn.Module, *, checkpoint: str = "none", compile_blocks: b
     """Wraps the model's `blocks` in place and returns it.
 
     Args:
-        model: has `blocks`, a `ModuleList`.
+        model: a backbone has `blocks`, a `ModuleList`; a module without any is left as it is.
         checkpoint: `full` recomputes each block in the backward pass instead of keeping its activations.
         compile_blocks: compile each block with `torch.compile`.
 
@@ -26,8 +26,9 @@ def parallelize(model: nn.Module, *, checkpoint: str = "none", compile_blocks: b
         >>> sorted(model.state_dict())[0]
         'blocks.0.cross_attn.k.bias'
     """
-    blocks = model.get_submodule("blocks")
-    assert isinstance(blocks, nn.ModuleList)
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList):
+        return model
     for index, block in enumerate(blocks):
         if checkpoint == "full":
             block = checkpoint_wrapper(block, preserve_rng_state=False, context_fn=recompute_contexts)

@@ -13,8 +13,9 @@ from sftk.data.builtins import builtin
 from sftk.data.sources import source
 from sftk.errors import Problem, SpecError
 from sftk.functional.keys import Key
-from sftk.models.weights import DTYPES, WanModel
-from sftk.runtime.port import Port
+from sftk.models.weights import DTYPES
+from sftk.runtime.build import construct
+from sftk.runtime.port import make_port
 from sftk.spec.recipe import Stage
 
 
@@ -42,9 +43,8 @@ def check_shapes(stage: Stage) -> list[PhaseShapes]:
         if section.builtin is not None:
             models[role] = builtin(section.builtin, device)
             continue
-        config = section.config if section.ema_of is None else recipe.models[section.ema_of].config
         with device:
-            models[role] = WanModel(config, section.backend).to(DTYPES[section.dtype])
+            models[role] = construct(recipe, section.ema_of or role).to(DTYPES[section.dtype])
     dtype = torch.bfloat16 if recipe.precision == "bf16" else None
     batch = _meta_batch(stage)
     outputs: dict[str, dict[str, Any]] = {}
@@ -55,7 +55,7 @@ def check_shapes(stage: Stage) -> list[PhaseShapes]:
             module.requires_grad_(role in phase.roles)
         roles = {port: phase.models.get(port, port) for port in graph.ports}
         ports = {
-            port: models[role] if recipe.models[role].builtin is not None else Port(models[role], dtype)
+            port: models[role] if recipe.models[role].builtin is not None else make_port(models[role], dtype)
             for port, role in roles.items()
         }
         values = {name: batch[name] for name in (*graph.inputs, *graph.optional) if name in batch}

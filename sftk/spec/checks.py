@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from sftk.core.graph import Graph
 from sftk.data.builtins import BUILTINS
 from sftk.data.sources import SOURCES, data_keys, data_problems
 from sftk.errors import Problem, SpecError, did_you_mean
+from sftk.models.branch import ClassifierBranch
 from sftk.spec.data_files import named_files
 from sftk.spec.document import Document
 from sftk.spec.files import find_file
-from sftk.spec.schema import PLAIN_NAME, PhaseSection, Recipe
+from sftk.spec.schema import PLAIN_NAME, ModelSection, PhaseSection, Recipe
 
 if TYPE_CHECKING:
     from sftk.spec.recipe import Stage
@@ -66,6 +69,9 @@ class Checks:
                         ("models", role, "weights"), f"{role!r} is an average and takes its weights from {model.ema_of!r}"
                     )
                 continue
+            if model.branch_of is not None:
+                self._branch(role, model)
+                continue
             if model.config.in_dim != recipe.latents.channels:
                 message = f"the model takes {model.config.in_dim} channels, the latents have {recipe.latents.channels}"
                 self._say(("models", role, "size"), message)
@@ -83,6 +89,24 @@ class Checks:
                 self._say(("ema", role), f"{role!r} is an average itself", f"keep one of {models[role].ema_of!r}")
             elif models[role].builtin is not None:
                 self._say(("ema", role), f"{role!r} is built in and never changes")
+
+    def _branch(self, role: str, model: ModelSection) -> None:
+        """A branch reads hidden states of a backbone of this recipe."""
+        assert model.branch_of is not None
+        assert model.branch is not None
+        models, place = self.recipe.models, ("models", role, "branch_of")
+        if model.branch_of not in models:
+            self._say(place, f"{model.branch_of!r} is not a model of this recipe", did_you_mean(model.branch_of, models))
+        elif models[model.branch_of].size is None:
+            backbones = ", ".join(name for name, other in models.items() if other.size is not None)
+            self._say(place, f"{model.branch_of!r} is no backbone", f"name one of {backbones}")
+        else:
+            try:
+                with torch.device("meta"):
+                    ClassifierBranch(models[model.branch_of].config, model.branch)
+            except SpecError as error:
+                self._say(("models", role, "branch"), str(error))
+        self._weights(role, model.weights)
 
     def _weights(self, role: str, weights: str | None) -> None:
         if weights is None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import attrs
 
 from sftk.functional.attention import Backend
+from sftk.models.branch import BranchConfig
 from sftk.models.config import PRESETS, WanConfig, preset
 
 PLAIN_NAME = re.compile(r"[\w-]+", re.ASCII)
@@ -63,20 +64,27 @@ class DataSection:
 class ModelSection:
     """A model: its size, its weights (a file, or `<stage>/<role>` of an earlier stage; null starts from random ones).
 
-    `ema_of` is another role's average instead, `builtin` a frozen module of the package, see `sftk.data.builtins`.
+    Instead of a size, `ema_of` is another role's average, `branch_of` a classifier branch on another role's hidden states, of
+    the size `branch`, and `builtin` a frozen module of the package, see `sftk.data.builtins`.
     """
 
     size: str | WanConfig | None = attrs.field(default=None, validator=_known_size)
     weights: str | None = None
     ema_of: str | None = None
+    branch_of: str | None = None
+    branch: BranchConfig | None = None
     builtin: str | None = None
     backend: Backend = "auto"
     checkpoint: Literal["none", "full"] = "none"
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
 
     def __attrs_post_init__(self) -> None:
-        if [self.size, self.ema_of, self.builtin].count(None) != 2:
-            raise ValueError("a model has one of `size`, `ema_of` and `builtin`")
+        if [self.size, self.ema_of, self.branch_of, self.builtin].count(None) != 3:
+            raise ValueError("a model has one of `size`, `ema_of`, `branch_of` and `builtin`")
+        if (self.branch is None) != (self.branch_of is None):
+            raise ValueError("a classifier branch has both `branch_of`, the role that it reads, and `branch`, its size")
+        if self.branch is not None and self.checkpoint != "none":
+            raise ValueError("a classifier branch has no blocks to `checkpoint`; set it on the role that it reads")
         untouched = (self.weights, self.backend, self.checkpoint, self.dtype) == (None, "auto", "none", "fp32")
         if self.builtin is not None and not untouched:
             raise ValueError("a built-in model comes as it is, without `weights`, `backend`, `checkpoint` and `dtype`")
