@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from sftk.cli import main
 from sftk.data.ode_pairs import PairSolver, PairTeacher
 from sftk.data.sources import SOURCES, option_default
+from sftk.models.branch import BranchConfig
 from sftk.models.config import WanConfig
 from sftk.objectives.divergence import Divergence
 from sftk.runtime.evaluate import DigitsEvaluation
@@ -25,6 +26,7 @@ from sftk.spec.files import find_file
 from sftk.spec.graphs import FoldSpec, GraphSpec, NodeSpec
 from sftk.spec.params import spec_params
 from sftk.spec.recipe import import_file
+from sftk.spec.source import read_yaml
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))])
@@ -37,6 +39,7 @@ SECTIONS: dict[str, Any] = {
     "data.with.solver": PairSolver,
     "models": schema.ModelSection,
     "size": WanConfig,
+    "branch": BranchConfig,
     "optimizers": schema.OptimizerSection,
     "phases": schema.PhaseSection,
     "train": schema.TrainSection,
@@ -176,10 +179,28 @@ def test_every_option_is_documented_with_its_default():
     assert documented == {name: shown(value) for name, value in declared.items()}
 
 
-@pytest.mark.parametrize(("heading", "spec"), [("MeanFlow", "specs/meanflow.yaml"), ("sCM", "specs/scm.yaml")])
-def test_parameters_of_objectives_are_documented_with_their_defaults(heading: str, spec: str):
+OBJECTIVES = {
+    "DMD": ("dmd",),
+    "SiD": ("sid",),
+    "GAN": ("discriminator", "adversarial", "adversarial_relativistic", "gan_generator", "gan_discriminator"),
+    "DMD2": ("dmd2_generator", "dmd2_critic"),
+    "ODE regression": ("ode_regression",),
+    "Teacher forcing and diffusion forcing": ("teacher_forcing", "diffusion_forcing"),
+    "Consistency distillation": ("consistency",),
+    "Forced inputs": ("student_noised", "student_teacher_forced", "student_diffusion_forced"),
+    "MeanFlow": ("meanflow",),
+    "sCM": ("scm",),
+}
+"""Heading of docs/objectives.md to the specs whose own parameters its table lists."""
+
+
+@pytest.mark.parametrize("heading", OBJECTIVES)
+def test_parameters_of_objectives_are_documented_with_their_defaults(heading: str):
     documented = {name: default for name, default, _ in rows(section("docs/objectives.md", heading), "parameter | default")}
-    assert documented == {name: shown(value) for name, value in spec_params(find_file(spec)).items()}
+    declared = {}
+    for name in OBJECTIVES[heading]:
+        declared |= read_yaml(find_file(f"specs/{name}.yaml")).get(("params",), {})
+    assert documented == {name: shown(value) for name, value in declared.items()}
 
 
 def test_divergences_are_documented():
@@ -223,3 +244,8 @@ def test_figures_are_those_that_the_code_draws():
         drawn = (folder / f"{figure.__name__}.svg").read_text(encoding="utf-8")
         assert drawn == figure().svg(), f"{figure.__name__}.svg is out of date; run python docs/figures/make.py"
         assert f"figures/{figure.__name__}.svg" in read("docs/concepts.md")
+    graphs = make.graphs
+    assert {path.stem for path in graphs.FOLDER.glob("*.svg")} == set(graphs.SPECS)
+    for name in graphs.SPECS:
+        drawn = (graphs.FOLDER / f"{name}.svg").read_text(encoding="utf-8")
+        assert drawn == graphs.spec_figure(name).svg(), f"specs/{name}.svg is out of date; run python docs/figures/make.py"
