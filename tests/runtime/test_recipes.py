@@ -1,0 +1,119 @@
+"""Every digits recipe that trains: two real steps, gradients where they belong, and the parts that methods share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sftk.core.graph import Graph
+from sftk.runtime.build import build_stage
+from sftk.runtime.loader import make_loader
+from sftk.runtime.prepare import prepare_data
+from sftk.runtime.progress import TrainingProgress
+from sftk.runtime.step import TrainingStep
+from sftk.spec.files import find_file
+from sftk.spec.recipe import load_recipe
+
+CPU = torch.device("cpu")
+FEW = ("device=cpu", "batch.global=2", "data.workers=0", "compile=false")
+MORE = {
+    "ode": ("data.with.path={folder}/pairs", "data.with.count=3", "data.with.solver.steps=8", "data.with.batch=3"),
+}
+RECIPES = sorted(
+    path.stem for path in find_file("recipes/digits/tf.yaml").parent.glob("*.yaml") if "phases:" in path.read_text()
+)
+
+
+def everything(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_steps_move_what_is_updated_and_nothing_else(name, tmp_path):
+    overrides = [text.format(folder=tmp_path) for text in MORE.get(name, ())]
+    (stage,) = load_recipe(f"recipes/digits/{name}.yaml", [*FEW, *overrides])
+    prepare_data(stage, TrainingProgress(enabled=False))
+    built = build_stage(stage, CPU, {})
+    step = TrainingStep(stage.recipe, built, iter(make_loader(stage.recipe, stage.path)))
+    before = {role: everything(module) for role, module in built.modules.items()}
+    for index in range(2):
+        metrics = step(index)
+        assert metrics
+        assert all(value.isfinite() for value in metrics.values()), metrics
+        norms = [value for key, value in metrics.items() if "/grad_norm" in key]
+        assert norms
+        assert all(value > 0 for value in norms), metrics
+    updated = {role for phase in stage.recipe.phases for role in phase.roles}
+    for role, module in built.modules.items():
+        moved = any(not torch.equal(tensor, before[role][key]) for key, tensor in module.state_dict().items())
+        assert moved == (role in updated), role
+
+
+def nested(graph: Graph) -> set[str]:
+    """Names of the graphs and transforms in a graph."""
+    found = set()
+    for node in graph.nodes:
+        found.add(node.op.name)
+        if isinstance(node.op, Graph):
+            found |= nested(node.op)
+    return found
+
+
+def test_methods_share_their_rollout_noising_and_scores():
+    graphs = {name: nested(Graph.from_spec(f"specs/{name}.yaml")) for name in (
+        "dmd_generator", "sid_generator", "dmd2_generator", "gan_generator", "score_critic", "dmd2_critic", "gan_discriminator",
+    )}  # fmt: skip
+    assert all({"rollout", "noised"} <= names for names in graphs.values())
+    assert all("scores" in graphs[name] for name in ("dmd_generator", "sid_generator", "dmd2_generator"))
+    assert {"dmd", "adversarial"} <= graphs["dmd2_generator"]
+    assert {"critic", "discriminator"} <= graphs["dmd2_critic"]
+
+
+def test_sid_leaves_scores_without_gradient_but_uses_theirs(tmp_path):
+    """The generator's gradient through the scores is not that of scores held fixed."""
+    (stage,) = load_recipe("recipes/digits/sid.yaml", FEW)
+    built = build_stage(stage, CPU, {})
+    graph, losses = stage.graphs["generator"], {}
+    values = next(iter(make_loader(stage.recipe, stage.path)))
+    from sftk.functional import Key
+
+    key = Key(seed=0, samples=(0, 1))
+    values = {name: values[name] for name in ("prompt_embeds", "negative_embeds")}
+    values |= {"key": key, "noise": key.normal("noise", (21, 4, 8, 8))}
+    for fixed in (False, True):
+        for role in ("real_score", "fake_score"):
+            built.modules[role].requires_grad_(False)
+        nodes = [node if not (fixed and node.op.name == "sid") else cut(node) for node in graph.nodes]
+        out = graph.with_nodes(nodes).run(values, {role: built.ports[role] for role in graph.ports})
+        weight = built.modules["generator"].patch_embedding.weight
+        (losses[fixed],) = torch.autograd.grad(out["loss"] / out["loss_weight"], weight)
+        assert all(p.grad is None for role in ("real_score", "fake_score") for p in built.modules[role].parameters())
+    assert (losses[True] - losses[False]).norm() > 0.05 * losses[False].norm()
+
+
+def cut(node):
+    """The node of `specs/sid.yaml` with its scores evaluated without gradient."""
+    import attrs
+
+    inner = [attrs.evolve(n, grad=False) if n.op.name == "scores" else n for n in node.op.nodes]
+    return attrs.evolve(node, op=node.op.with_nodes(inner))
+
+
+def test_samples_of_an_earlier_phase_are_used_without_unrolling_again(tmp_path):
+    text = Path(find_file("recipes/digits/sid.yaml")).read_text()
+    head, phases = text.split("phases:\n")
+    first, second = phases.split("  - name: critic\n")
+    given = first.replace("graph: specs/sid_generator.yaml", "in: {samples: critic.x0}\n    graph: specs/sid_given.yaml")
+    given = given.replace("last_step_only: true, ", "")
+    critic, rest = second.split("train:")
+    path = tmp_path / "given.yaml"
+    path.write_text(head + "phases:\n  - name: critic\n" + critic + given + "train:" + rest)
+    (stage,) = load_recipe(path, FEW)
+    assert "rollout" not in nested(stage.graphs["generator"])
+    built = build_stage(stage, CPU, {})
+    before = everything(built.modules["generator"])
+    metrics = TrainingStep(stage.recipe, built, iter(make_loader(stage.recipe, stage.path)))(0)
+    assert metrics["generator/loss"].isfinite()
+    assert any(not torch.equal(t, before[name]) for name, t in built.modules["generator"].state_dict().items())
