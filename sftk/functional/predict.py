@@ -36,18 +36,13 @@ class Denoiser(Protocol):
         flow [B, F, C, H, W]; keys and values of each layer; the hidden states asked for, [B, tokens, width].
     """
 
+    # fmt: off
     def __call__(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        prompt_embeds: Tensor,
-        *,
-        cache: KVCache | None = None,
-        layout: Layout | None = None,
-        positions: Sequence[int] | None = None,
-        features_at: Sequence[int] = (),
+        self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, *, cache: KVCache | None = None,
+        layout: Layout | None = None, positions: Sequence[int] | None = None, features_at: Sequence[int] = (),
         interval: Tensor | None = None,
     ) -> tuple[Tensor, tuple[LayerKV, ...], tuple[Tensor, ...]]: ...
+    # fmt: on
 
 
 def toy_denoiser(
