@@ -19,14 +19,21 @@ def register(name: str, made: Transform) -> None:
     """Adds a transform under a name that no other has.
 
     Raises:
-        SpecError: the name is taken by another function (the same function of a re-imported module replaces its old self).
+        SpecError: the name is taken by another function. The same one replaces its old self: of a module that was imported again,
+            or of a file that runs as a script and is a plugin, too.
     """
     old = _transforms.get(name)
-    if old is not None and (old.__module__ != made.__module__):
+    if old is not None and old.__module__ != made.__module__ and _file(old) != _file(made):
         raise SpecError(
             f"the transform name {name!r} is taken by {old.__module__}; give the one in {made.__module__} another name"
         )
     _transforms[name] = made
+
+
+def _file(made: Transform) -> Any:
+    """The source file of a function behind a transform; something of its own where there is none."""
+    code = getattr(getattr(made, "fn", None), "__code__", None)
+    return made if code is None else code.co_filename
 
 
 def unregister(name: str) -> None:

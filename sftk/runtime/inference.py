@@ -125,7 +125,7 @@ def _sampling(document: Document, recipe: Recipe) -> tuple[AnyStudentSampling, s
     known = {field.name for field in attrs.fields(StudentSampling)}
     bound: dict[str, Any] = {}
     for phase in recipe.phases:
-        declared = spec_params(find_file(phase.graph))
+        declared = spec_params(find_file(phase.graph)) if phase.graph is not None else {}
         bound |= {name: phase.with_.get(name, declared[name]) for name in declared if name in known}
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in bound.items() if not _is_reference(v)}
     return StudentSampling(**values), None

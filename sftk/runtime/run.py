@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 import sftk
+from sftk.core.graph import Graph
 from sftk.runtime.build import evaluation_port, weights_file
 from sftk.runtime.device import device_name
 from sftk.runtime.evaluate import shipped_teacher
@@ -23,25 +24,27 @@ from sftk.runtime.stage import StageRun, saved_weights
 from sftk.runtime.tracking import JsonlTracker, MultiTracker, TensorBoardTracker, Tracker, WandbTracker
 from sftk.spec.convert import unstructure
 from sftk.spec.dump import dump_yaml
-from sftk.spec.recipe import Stage, load_recipe
+from sftk.spec.recipe import FROM_PYTHON, Stage, load_recipe
 
 
 def run_recipe(
-    recipe: str | Path,
+    recipe: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
     *,
     run_dir: Path | None = None,
     resume: bool = False,
     console: Console | None = None,
+    graphs: Mapping[str, Graph] | None = None,
 ) -> RunDir:
     """Trains, evaluates and reports what a recipe says; `sftk run` is this function.
 
     Args:
-        recipe: a file, looked up in the working directory and then in the package.
+        recipe: a file, looked up in the working directory and then in the package, or a mapping that says what one would.
         overrides: `key.path=value`.
         run_dir: the run's folder; by default `runs/<recipe>/<time>`.
         resume: go on from the last checkpoint; without one, start afresh.
         console: where progress is shown.
+        graphs: phase name to a graph made in Python, for phases that name no spec.
 
     Returns:
         The run's folder.
@@ -51,8 +54,8 @@ def run_recipe(
         NonFiniteError: a loss became NaN or infinite.
         Interrupted: a signal stopped the run after a checkpoint.
     """
-    stages = load_recipe(recipe, overrides, check=evaluation_problems)
-    name = Path(str(recipe)).stem
+    stages = load_recipe(recipe, overrides, check=evaluation_problems, graphs=graphs)
+    name = FROM_PYTHON if isinstance(recipe, Mapping) else Path(str(recipe)).stem
     run = open_run(name, run_dir, resume)
     write_text(run.recipe, _resolved(stages))
     console = console or Console()

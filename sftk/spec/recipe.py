@@ -51,7 +51,8 @@ class Stage:
         """The recipe as a plain value that can be read from anywhere: files outside the package by their whole path."""
         value = copy.deepcopy(self.document.value)
         for phase in value["phases"]:
-            phase["graph"] = self._whole(phase["graph"])
+            if phase.get("graph") is not None:
+                phase["graph"] = self._whole(phase["graph"])
         for model in value["models"].values():
             if isinstance(model.get("weights"), str):
                 model["weights"] = self._whole(model["weights"])
@@ -75,17 +76,27 @@ class Stage:
         return dump_yaml(self.resolved)
 
 
+FROM_PYTHON = "recipe"
+"""What stands for the file of a recipe that Python gives, in messages and as its name."""
+
 Check = Callable[[Document, Recipe], list[Problem]]
 """A further check of one stage, from a layer above this one."""
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check: Check | None = None) -> tuple[Stage, ...]:
+def load_recipe(
+    path: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    check: Check | None = None,
+    graphs: Mapping[str, Graph] | None = None,
+) -> tuple[Stage, ...]:
     """Reads a recipe and checks everything that can be known before weights are loaded.
 
     Args:
-        path: the file, looked up in the working directory and then in the package.
+        path: the file, looked up in the working directory and then in the package, or what such a file would say.
         overrides: `key.path=value`; `stage:` recipes take `<stage>.key.path=value`, and unprefixed ones go to the last stage.
         check: a further check of each stage, whose problems are reported with the others.
+        graphs: phase name to a graph made in Python, for phases without `graph` (of a recipe without `stages`).
 
     Returns:
         Its stages, in order; one for a plain recipe.
@@ -97,12 +108,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check: Check
         >>> [stage.name for stage in load_recipe("recipes/dmd.yaml", ["train.steps=10"])]
         ['dmd']
     """
-    found, document = find_document(path)
+    if isinstance(path, Mapping):
+        found, document = Path(f"{FROM_PYTHON}.yaml"), Document(value=copy.deepcopy(dict(path)), file=FROM_PYTHON)
+    else:
+        found, document = find_document(path)
     if is_study(document):
         message = "this is a study; `sftk run` and `sftk check` take one"
         raise SpecError([document.problem(("matrix",), message, "name one of its recipes")])
     if not (isinstance(document.value, dict) and "stages" in document.value):
-        stage, problems = read_stage(found.stem, found, document, overrides, {}, check)
+        stage, problems = read_stage(found.stem, found, document, overrides, {}, check, graphs)
         if stage is None or problems:
             raise SpecError(once(problems))
         return (stage,)
@@ -203,6 +217,7 @@ def read_stage(
     overrides: Sequence[str],
     earlier: Mapping[str, Stage | None],
     check: Check | None,
+    given: Mapping[str, Graph] | None = None,
 ) -> tuple[Stage | None, list[Problem]]:
     """A stage and its problems. Where the schema refuses something without a default, that hides what is checked after it.
 
@@ -212,6 +227,7 @@ def read_stage(
         overrides: `key.path=value`.
         earlier: what ran before it, whose weights it may take; None where that cannot be read.
         check: see `load_recipe`.
+        given: graphs made in Python, by phase.
     """
     document, problems = override(document, overrides)
     recipe, wrong = structure_what_fits(document, Recipe)
@@ -221,7 +237,7 @@ def read_stage(
     problems += load_plugins(recipe, document, path)
     built: list[Graph | None] = []
     for index, phase in enumerate(recipe.phases):
-        graph, wrong = _phase_graph(recipe, phase, index, document, path)
+        graph, wrong = _phase_graph(recipe, phase, index, document, path, given or {})
         problems += wrong
         built.append(graph)
     graphs = {phase.name: graph for phase, graph in zip(recipe.phases, built, strict=True) if graph is not None}
@@ -271,9 +287,14 @@ def import_file(path: Path) -> None:
 
 
 def _phase_graph(
-    recipe: Recipe, phase: PhaseSection, index: int, document: Document, path: Path
+    recipe: Recipe, phase: PhaseSection, index: int, document: Document, path: Path, given: Mapping[str, Graph]
 ) -> tuple[Graph | None, list[Problem]]:
     place = ("phases", index)
+    if phase.graph is None:
+        if phase.name in given:
+            return given[phase.name], []
+        hint = f"name a spec, or give one in Python: run_recipe(..., graphs={{{phase.name!r}: Graph(...)}})"
+        return None, [document.problem(place, f"the phase {phase.name!r} has no graph", hint)]
     try:
         found = find_file(phase.graph, path)
     except SpecError as error:

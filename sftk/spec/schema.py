@@ -119,11 +119,12 @@ class PhaseSection:
     """One phase of a training step: a graph, the loss to minimise and the roles that it updates.
 
     `every: 5` runs it on each fifth step. `in` binds a graph input to a key of the data or to `<phase>.<output>` of an
-    earlier phase. `models` binds the graph's roles to the recipe's. `log` names further outputs to write down.
+    earlier phase. `models` binds the graph's roles to the recipe's. `log` names further outputs to write down. Without
+    `graph`, Python gives one, see `run_recipe`.
     """
 
     name: str = attrs.field(validator=_plain_name)
-    graph: str
+    graph: str | None = None
     update: str | tuple[str, ...]
     every: int = attrs.field(default=1, validator=at_least(1))
     loss: str = "loss"
