@@ -45,6 +45,7 @@ SECTIONS: dict[str, Any] = {
     "train": schema.TrainSection,
     "batch": schema.BatchSection,
     "ema": schema.EmaSection,
+    "fetch": schema.FetchSection,
     "eval": schema.EvalSection,
     "checkpoint": schema.CheckpointSection,
     "track": schema.TrackSection,

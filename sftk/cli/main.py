@@ -11,6 +11,7 @@ import sftk
 from sftk.cli.check import check
 from sftk.cli.data import data
 from sftk.cli.export import export
+from sftk.cli.fetch import fetch
 from sftk.cli.run import run
 from sftk.cli.sample import sample
 from sftk.cli.show import show
@@ -48,5 +49,5 @@ def main() -> None:
     """Distil a video diffusion teacher into a fast, causal, streaming student."""
 
 
-for command in (run, check, show, sample, export, data):
+for command in (run, check, show, sample, export, data, fetch):
     main.add_command(command)

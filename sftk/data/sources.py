@@ -111,7 +111,12 @@ SOURCES: dict[str, DataSource] = {
         fps=8,
         sample_shape=(4, 8, 8),
     ),
-    "random": DataSource(make=RandomClips, collate=default_collate, keys=("latents", *TEXT_KEYS), needs_shape=True),
+    "random": DataSource(
+        make=RandomClips,
+        collate=default_collate,
+        keys=("latents", *TEXT_KEYS, "ode_latents", "initial_latents"),
+        needs_shape=True,
+    ),
     "prompts": DataSource(make=Prompts, keys=TEXT_KEYS, shapes=prompts_shapes, files=(("path",), ("extended",))),
     "latents": DataSource(make=StoredLatents, keys=("latents", *TEXT_KEYS), needs_shape=True, shapes=latents_shapes),
     "image_captions": DataSource(

@@ -13,6 +13,7 @@ from torch import nn
 
 from sftk.core.graph import Graph
 from sftk.data.builtins import builtin
+from sftk.errors import CheckpointError
 from sftk.models.branch import ClassifierBranch
 from sftk.models.wan import WanModel
 from sftk.models.weights import build_module
@@ -22,6 +23,7 @@ from sftk.runtime.optim import make_optimizer
 from sftk.runtime.parallelize import limit_recompiles, parallelize
 from sftk.runtime.port import make_port
 from sftk.runtime.segments import compile_segments
+from sftk.spec.fetch import missing_files
 from sftk.spec.files import find_file
 from sftk.spec.recipe import Stage
 from sftk.spec.schema import ModelSection, Recipe
@@ -102,11 +104,19 @@ def construct(recipe: Recipe, role: str) -> nn.Module:
 
 
 def weights_file(section: ModelSection, stage: Stage, earlier: WeightFinder) -> Path | None:
-    """The file that a model's `weights` names, or None for random weights."""
+    """The file that a model's `weights` names, or None for random weights.
+
+    Raises:
+        CheckpointError: it must be downloaded first.
+    """
     if section.weights is None:
         return None
     if section.weights in earlier:
         return earlier[section.weights]
+    for file in missing_files(stage):
+        if file.name == section.weights:
+            message = f"the weights {file.name!r} of {', '.join(file.used_by)} are not here yet"
+            raise CheckpointError(f"{message}; download them with `sftk fetch {stage.path}`")
     return find_file(section.weights, stage.path)
 
 

@@ -39,12 +39,15 @@ def check_shapes(stage: Stage) -> list[PhaseShapes]:
     """
     recipe, device = stage.recipe, torch.device("meta")
     models: dict[str, nn.Module] = {}
+    sizes: dict[str, int] = {}
     for role, section in recipe.models.items():
         if section.builtin is not None:
             models[role] = builtin(section.builtin, device)
             continue
         with device:
             models[role] = construct(recipe, section.ema_of or role).to(DTYPES[section.dtype])
+        sizes[role] = sum(p.numel() for p in models[role].parameters())
+        repeat_first_block(models[role])
     dtype = torch.bfloat16 if recipe.precision == "bf16" else None
     batch = _meta_batch(stage)
     outputs: dict[str, dict[str, Any]] = {}
@@ -72,9 +75,43 @@ def check_shapes(stage: Stage) -> list[PhaseShapes]:
         shown = {
             key: f"{str(v.dtype).removeprefix('torch.')} {list(v.shape)}" for key, v in out.items() if isinstance(v, Tensor)
         }
-        sizes = {role: sum(p.numel() for p in models[role].parameters()) for role in phase.roles}
-        found.append(PhaseShapes(phase=phase.name, outputs=shown, parameters=sizes))
+        found.append(PhaseShapes(phase=phase.name, outputs=shown, parameters={role: sizes[role] for role in phase.roles}))
     return found
+
+
+class RepeatedBlock(nn.Module):
+    """Stands for a block of the same size as the first: gives tensors of the shapes that the first gave in this pass.
+
+    Args:
+        first: kept out of the module's own parameters.
+    """
+
+    def __init__(self, first: nn.Module):
+        super().__init__()
+        self.last: list[Any] = []
+        first.register_forward_hook(lambda module, args, out: self.last.__setitem__(slice(None), [out[1]]))
+
+    def forward(self, x: Tensor, *args: Any) -> tuple[Tensor, Any]:
+        (kv,) = self.last
+        return x.clone(), None if kv is None else tuple(torch.empty_like(tensor) for tensor in kv)
+
+
+def repeat_first_block(model: nn.Module) -> None:
+    """Replaces all blocks of a backbone on meta tensors but the first: they would compute the same shapes, one by one.
+
+    Example:
+        >>> from sftk.models import WanModel, preset
+        >>> with torch.device("meta"):
+        ...     model = WanModel(preset("digits"))
+        >>> repeat_first_block(model)
+        >>> model(*(torch.empty(s, device="meta") for s in ((1, 3, 4, 8, 8), (1, 3), (1, 4, 32))))[0].shape
+        torch.Size([1, 3, 4, 8, 8])
+    """
+    blocks = getattr(model, "blocks", None)
+    if isinstance(blocks, nn.ModuleList) and len(blocks) > 1:
+        repeated = RepeatedBlock(blocks[0])
+        for index in range(1, len(blocks)):
+            blocks[index] = repeated
 
 
 def _meta_batch(stage: Stage) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from sftk.errors import Problem, SpecError, did_you_mean
 from sftk.models.branch import ClassifierBranch
 from sftk.spec.data_files import named_files
 from sftk.spec.document import Document
+from sftk.spec.fetch import fetchable
 from sftk.spec.files import find_file
 from sftk.spec.schema import PLAIN_NAME, ModelSection, PhaseSection, Recipe
 
@@ -39,6 +40,7 @@ class Checks:
         self._models()
         self._optimizers()
         self._data()
+        self._fetch()
         self._names()
         seen: dict[str, tuple[PhaseSection, Graph | None]] = {}
         for index, phase in enumerate(self.recipe.phases):
@@ -119,6 +121,8 @@ class Checks:
                 message = f"{stage!r} has no model {source!r}"
                 self._say(("models", role, "weights"), message, did_you_mean(source, known))
             return
+        if weights in fetchable(self.recipe.fetch):
+            return
         try:
             find_file(weights, self.path)
         except SpecError as error:
@@ -143,11 +147,23 @@ class Checks:
         ):
             self._say(("data", *path), message, hint)
         for path, name in named_files(data.use, data.with_):
+            if name in fetchable(self.recipe.fetch):
+                continue
             try:
                 find_file(name, self.path)
             except SpecError as error:
                 for problem in error.problems:
                     self._say(("data", "with", *path), problem.message, problem.hint)
+
+    def _fetch(self) -> None:
+        """A download that nothing names is a misspelt name on one side or the other."""
+        recipe = self.recipe
+        named = [model.weights for model in recipe.models.values() if model.weights is not None]
+        named += [name for _, name in named_files(recipe.data.use, recipe.data.with_)]
+        for folder, section in recipe.fetch.items():
+            if not any(name in fetchable({folder: section}) for name in named):
+                hint = did_you_mean(folder, named) if named else None
+                self._say(("fetch", folder), f"nothing in this recipe names {folder!r} or a file of it", hint)
 
     def _names(self) -> None:
         names = [phase.name for phase in self.recipe.phases]

@@ -207,6 +207,17 @@ class TrackSection:
 
 
 @attrs.frozen(kw_only=True)
+class FetchSection:
+    """Where files that a recipe names can be had: a Hugging Face repository; `files` of it, or all.
+
+    The key in a recipe's `fetch` is the folder that the download makes; files keep their path in the repository below it.
+    """
+
+    repo: str
+    files: tuple[str, ...] = ()
+
+
+@attrs.frozen(kw_only=True)
 class Recipe:
     """One stage of training, complete. See `docs/recipes.md`."""
 
@@ -223,6 +234,7 @@ class Recipe:
     train: TrainSection
     batch: BatchSection
     ema: dict[str, EmaSection] = attrs.field(factory=dict)
+    fetch: dict[str, FetchSection] = attrs.field(factory=dict)
     eval: EvalSection | None = None
     checkpoint: CheckpointSection = attrs.field(factory=CheckpointSection)
     track: TrackSection = attrs.field(factory=TrackSection)

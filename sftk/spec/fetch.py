@@ -1,0 +1,105 @@
+"""Files of a recipe that can be downloaded: which they are, which are here, and the command that fetches the others."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import attrs
+
+from sftk.errors import SpecError
+from sftk.spec.data_files import named_files
+from sftk.spec.files import find_file
+from sftk.spec.schema import FetchSection
+
+if TYPE_CHECKING:
+    from sftk.spec.recipe import Stage
+
+
+@attrs.frozen(kw_only=True)
+class NamedFile:
+    """A file or folder that a recipe names.
+
+    Args:
+        name: as the recipe says it.
+        used_by: the places in the recipe, such as `models.generator`.
+        path: where it is, or None.
+        folder: of the recipe's `fetch` that brings it, or None.
+    """
+
+    name: str
+    used_by: tuple[str, ...]
+    path: Path | None
+    folder: str | None
+
+
+def fetchable(fetch: Mapping[str, FetchSection]) -> dict[str, str]:
+    """Names that a recipe may use before the files are there, and the key of `fetch` that brings each.
+
+    Example:
+        >>> section = FetchSection(repo="someone/weights", files=("a/init.pt",))
+        >>> fetchable({"models/init": section})
+        {'models/init/a/init.pt': 'models/init'}
+        >>> fetchable({"models/whole": FetchSection(repo="someone/weights")})
+        {'models/whole': 'models/whole'}
+    """
+    names = {}
+    for folder, section in fetch.items():
+        names |= {f"{folder}/{name}": folder for name in section.files} if section.files else {folder: folder}
+    return names
+
+
+def recipe_files(stage: Stage) -> tuple[NamedFile, ...]:
+    """Every file that a stage names, found or not; weights of earlier stages are left out.
+
+    Args:
+        stage: from `load_recipe`.
+
+    Example:
+        >>> from sftk.spec.recipe import load_recipe
+        >>> [file.name for file in recipe_files(load_recipe("recipes/dmd.yaml")[0])]
+        ['assets/digits/init.safetensors', 'assets/digits/teacher.safetensors']
+    """
+    recipe = stage.recipe
+    used: dict[str, list[str]] = {}
+    for role, model in recipe.models.items():
+        if model.weights is not None:
+            used.setdefault(model.weights, []).append(f"models.{role}")
+    for path, name in named_files(recipe.data.use, recipe.data.with_):
+        used.setdefault(name, []).append(".".join(("data", "with", *map(str, path))))
+    sources = fetchable(recipe.fetch)
+    found = []
+    for name, places in used.items():
+        try:
+            path = find_file(name, stage.path)
+        except SpecError:
+            if name not in sources:
+                continue
+            path = None
+        found.append(NamedFile(name=name, used_by=tuple(places), path=path, folder=sources.get(name)))
+    return tuple(found)
+
+
+def missing_files(stage: Stage) -> tuple[NamedFile, ...]:
+    """Files of a stage that must be downloaded first.
+
+    Example:
+        >>> from sftk.spec.recipe import load_recipe
+        >>> missing_files(load_recipe("recipes/dmd.yaml")[0])
+        ()
+    """
+    return tuple(file for file in recipe_files(stage) if file.path is None)
+
+
+def fetch_command(folder: str, section: FetchSection) -> str:
+    """The shell command that downloads an entry of `fetch` into its folder.
+
+    Source: huggingface_hub, `hf download`.
+
+    Example:
+        >>> fetch_command("wan_models/Wan2.1-T2V-1.3B", FetchSection(repo="Wan-AI/Wan2.1-T2V-1.3B"))
+        'hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir wan_models/Wan2.1-T2V-1.3B'
+    """
+    return shlex.join(["hf", "download", section.repo, *section.files, "--local-dir", folder])
