@@ -8,6 +8,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from sftk.data.embed import embed_prompts, prompts_of
 from sftk.data.encode import Encoding, encode_folder
 from sftk.errors import SftkError
 from sftk.runtime.inspect_data import inspect_data
@@ -81,6 +82,33 @@ def encode(
         found = encode_folder(folder, out, encoding, captions=captions, skip_bad=skip_bad, report=report)
     _list_bad(found.bad)
     click.echo(f"{out}: {found.clips} clips written, {found.there} videos were there already, {len(found.bad)} left out")
+
+
+@data.command()
+@click.argument("prompts", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--text", required=True, callback=_choice, help="An embedder: its name, or '{use: NAME, with: {OPTION: VALUE}}'.")
+@click.option("--negative", multiple=True, help="An unconditional prompt besides the empty one; may be repeated.")
+@click.option("--format", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True, help="Of the stored rows.")
+@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Prompts written in one transaction.")
+def embed(prompts: Path, out: Path, text: Any, negative: tuple[str, ...], format: Any, batch: int) -> None:
+    """Embed PROMPTS into the store OUT, which the embedder `stored` reads.
+
+    PROMPTS is a prompt file, a store of latents, or a folder of captioned images. Prompts that are in the store stay.
+    """
+    if not prompts.exists():
+        raise SftkError(f"no such file or folder {prompts}")
+    texts = ("", *negative, *prompts_of(prompts))
+    with TrainingProgress(Console()) as progress:
+
+        def report(done: int, total: int) -> None:
+            if done == 0:
+                progress.stage("embed", total)
+            else:
+                progress.update(done)
+
+        found = embed_prompts(texts, out, text, format=format, batch=batch, report=report)
+    click.echo(f"{out}: {found.written} prompts embedded, {found.there} were there already")
 
 
 @data.command()

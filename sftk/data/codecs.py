@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sftk.data.choices import Choice, make_choice
 from sftk.data.digits import LATENT_MEAN, LATENT_STD
+from sftk.data.wan import WanVaeCodec
 from sftk.errors import DataError, ShapeError
 
 
@@ -108,7 +109,11 @@ def digits_codec() -> PixelUnshuffle:
     return PixelUnshuffle(factor=2, mean=LATENT_MEAN, std=LATENT_STD, grey=True)
 
 
-CODECS: dict[str, Callable[..., Codec]] = {"pixel_unshuffle": PixelUnshuffle, "digits": digits_codec}
+CODECS: dict[str, Callable[..., Codec]] = {
+    "pixel_unshuffle": PixelUnshuffle,
+    "digits": digits_codec,
+    "wan_vae": WanVaeCodec,
+}
 """Makers of codecs by name, called with the options of `{use: ..., with: ...}`; a plugin may add its own."""
 
 

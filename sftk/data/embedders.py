@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sftk.data.choices import Choice, make_choice
 from sftk.data.digits_prompts import PROMPT_SHAPE, embed_prompts
+from sftk.data.wan import StoredEmbedder, Umt5Embedder
 
 
 class Embedder(Protocol):
@@ -45,7 +46,11 @@ class DigitsEmbedder:
         return embed_prompts(prompts)
 
 
-EMBEDDERS: dict[str, Callable[..., Embedder]] = {"digits": DigitsEmbedder}
+EMBEDDERS: dict[str, Callable[..., Embedder]] = {
+    "digits": DigitsEmbedder,
+    "umt5": Umt5Embedder,
+    "stored": StoredEmbedder,
+}
 """Makers of embedders by name, called with the options of `{use: ..., with: ...}`; a plugin may add its own."""
 
 

@@ -126,10 +126,7 @@ def read_record(header: Header, index: int) -> tuple[Tensor, str]:
     Raises:
         DataError: the record is missing or has another size.
     """
-    place = header.folder.resolve()
-    if place not in _OPEN:
-        _OPEN[place] = open_for_reading(place)
-    with _OPEN[place].begin(buffers=True) as transaction:
+    with open_environment(header.folder).begin(buffers=True) as transaction:
         problem = record_problem(transaction, header, index)
         if problem is not None:
             raise DataError(problem)
@@ -139,6 +136,18 @@ def read_record(header: Header, index: int) -> tuple[Tensor, str]:
         prompt = bytes(text).decode()
     shape = header.shape if len(header.shape) == 5 else (1, *header.shape)
     return torch.from_numpy(latents).reshape(shape), prompt
+
+
+def open_environment(folder: Path) -> lmdb.Environment:
+    """The environment of a folder, opened for reading once a process; it stays open.
+
+    Raises:
+        DataError: it is missing, truncated or no LMDB.
+    """
+    place = folder.resolve()
+    if place not in _OPEN:
+        _OPEN[place] = open_for_reading(place)
+    return _OPEN[place]
 
 
 def close_environments() -> None:

@@ -39,6 +39,32 @@ def check_about(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any
         raise DataError(f"{folder} was made with other settings: {shown}; take another folder, or remove this one")
 
 
+def open_for_writing(folder: Path) -> lmdb.Environment:
+    """Opens an environment for writing; the folder is made when it is missing.
+
+    Raises:
+        DataError: what is there is no LMDB.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    close_environment(folder)
+    try:
+        return lmdb.open(str(folder), map_size=_FIRST_MAP)
+    except lmdb.Error as error:
+        raise DataError(f"{folder} cannot be written as an LMDB: {lmdb_reason(error)}; remove it to begin afresh") from error
+
+
+def put_values(environment: lmdb.Environment, values: Mapping[bytes, bytes]) -> None:
+    """Writes values in one transaction. The map grows when it is full."""
+    while True:
+        try:
+            with environment.begin(write=True) as transaction:
+                for key, value in values.items():
+                    transaction.put(key, value)
+            return
+        except lmdb.MapFullError:
+            environment.set_mapsize(2 * environment.info()["map_size"])
+
+
 class ShardWriter:
     """Appends records to one environment. A batch is one transaction: after a crash all of it is there, or nothing.
 
@@ -63,14 +89,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, shape: Sequence[int], *, sharded: bool = False, about: Mapping[str, Any] | None = None):
         self.folder, self.shape, self.sharded = Path(folder), tuple(shape), sharded
-        self.folder.mkdir(parents=True, exist_ok=True)
-        close_environment(self.folder)
-        try:
-            self.environment = lmdb.open(str(self.folder), map_size=_FIRST_MAP)
-        except lmdb.Error as error:
-            raise DataError(
-                f"{self.folder} cannot be written as an LMDB: {lmdb_reason(error)}; remove it to begin afresh"
-            ) from error
+        self.environment = open_for_writing(self.folder)
         try:
             self.count = self._begin(dict(about or {}))
         except BaseException:
@@ -83,7 +102,7 @@ class ShardWriter:
             fresh = transaction.get(LATENTS_SHAPE) is None and transaction.stat()["entries"] == 0
         header = None if fresh else read_header(self.folder, self.environment)
         if header is None or header.count == 0:
-            self._put({LATENTS_SHAPE: _sizes(0, self.shape), ABOUT: _json(about)} if about else {})
+            put_values(self.environment, {LATENTS_SHAPE: _sizes(0, self.shape), ABOUT: _json(about)} if about else {})
             return 0
         if header.shape != self.shape:
             raise DataError(f"{self.folder} holds records of {list(header.shape)}, expected {list(self.shape)}")
@@ -114,18 +133,8 @@ class ShardWriter:
         count = self.count + len(prompts)
         values[LATENTS_SHAPE] = _sizes(count, self.shape)
         values[PROMPTS_SHAPE] = values[LATENTS_SHAPE] if self.sharded else _sizes(count, ())
-        self._put(values)
+        put_values(self.environment, values)
         self.count = count
-
-    def _put(self, values: Mapping[bytes, bytes]) -> None:
-        while True:
-            try:
-                with self.environment.begin(write=True) as transaction:
-                    for key, value in values.items():
-                        transaction.put(key, value)
-                return
-            except lmdb.MapFullError:
-                self.environment.set_mapsize(2 * self.environment.info()["map_size"])
 
     def get(self, key: bytes) -> bytes | None:
         """The value of a key."""

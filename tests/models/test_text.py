@@ -14,31 +14,8 @@ from sftk.models.text import TextEncoder, clean_prompt, load_text_encoder
 from sftk.models.text_keys import encoder_config, to_transformers, to_wan
 
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
 
-WORDS = ["a", "fox", "runs", "over", "the", "snow", "red", "slowly", "&", "hare"]
-SIZES = {"vocab_size": 32, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 3, "num_heads": 4}
 PROMPTS = ("a red fox", "", "the hare runs slowly over the snow " * 4)
-
-
-def write_tokenizer(folder) -> None:
-    """A unigram tokenizer of a few words in the files of google/umt5-xxl: it ends every prompt with </s>."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((f"▁{word}", -2.0) for word in WORDS), ("▁", -5.0)]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-
-
-def random_module() -> torch.nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        module = transformers.UMT5EncoderModel(transformers.UMT5Config(**SIZES)).requires_grad_(False).eval()
-        for name, parameter in module.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.5 + ("norm" in name))
-    return module
 
 
 def mapped_file(tensor) -> str:
@@ -51,31 +28,17 @@ def mapped_file(tensor) -> str:
     return ""
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """One encoder as a Hugging Face pipeline folder and as Wan's folder, in bfloat16 as published."""
-    root = tmp_path_factory.mktemp("text")
-    module = random_module().bfloat16()
-    module.save_pretrained(root / "hf" / "text_encoder", max_shard_size="4KB")
-    assert len(list((root / "hf" / "text_encoder").glob("model-*.safetensors"))) > 1
-    write_tokenizer(root / "hf" / "tokenizer")
-    write_tokenizer(root / "wan" / "google" / "umt5-xxl")
-    weights = {name: tensor for name, tensor in module.state_dict().items() if name != "encoder.embed_tokens.weight"}
-    torch.save(to_wan(weights), root / "wan" / "models_t5_umt5-xxl-enc-bf16.pth")
-    return root
-
-
-def test_both_formats_give_equal_embeddings(folders):
-    ours = [load_text_encoder(folders / name, tokens=24)(PROMPTS) for name in ("hf", "wan")]
+def test_both_formats_give_equal_embeddings(text_folders):
+    ours = [load_text_encoder(text_folders / name, tokens=24)(PROMPTS) for name in ("hf", "wan")]
     assert ours[0].shape == (3, 24, 16)
     assert ours[0].dtype == torch.float32
     assert torch.equal(ours[0], ours[1])
     assert ours[0].std() > 0.1
 
 
-def test_embeddings_are_those_of_a_padded_and_masked_batch(folders):
+def test_embeddings_are_those_of_a_padded_and_masked_batch(text_folders):
     """As Wan does it: padded to the full length, masked, zeroed after the true length."""
-    encoder = load_text_encoder(folders / "wan", tokens=24, dtype=torch.float32)
+    encoder = load_text_encoder(text_folders / "wan", tokens=24, dtype=torch.float32)
     batch = encoder.tokenizer(list(PROMPTS), padding="max_length", max_length=24, truncation=True, return_tensors="pt")
     wanted = encoder.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
     wanted = wanted * batch.attention_mask[..., None]
@@ -85,34 +48,34 @@ def test_embeddings_are_those_of_a_padded_and_masked_batch(folders):
     assert all(not encoder(PROMPTS)[i, length:].any() for i, length in enumerate(lengths))
 
 
-def test_a_prompts_embedding_does_not_depend_on_the_others(folders):
-    encoder = load_text_encoder(folders / "hf", tokens=24)
+def test_a_prompts_embedding_does_not_depend_on_the_others(text_folders):
+    encoder = load_text_encoder(text_folders / "hf", tokens=24)
     assert torch.equal(encoder(PROMPTS)[0], encoder(PROMPTS[:1])[0])
 
 
-def test_every_layer_has_position_buckets_of_its_own(folders):
-    encoder = load_text_encoder(folders / "wan", tokens=24, dtype=torch.float32)
+def test_every_layer_has_position_buckets_of_its_own(text_folders):
+    encoder = load_text_encoder(text_folders / "wan", tokens=24, dtype=torch.float32)
     before = encoder(PROMPTS[:1])
     encoder.module.encoder.block[2].layer[0].SelfAttention.relative_attention_bias.weight.mul_(2)
     assert (encoder(PROMPTS[:1]) - before).abs().max() > 1e-3
 
 
-def test_offload_gives_the_same_and_leaves_the_weights_where_they_were(folders):
-    kept = load_text_encoder(folders / "wan", tokens=24, dtype=torch.float32)
-    offloaded = load_text_encoder(folders / "wan", tokens=24, dtype=torch.float32, offload=True)
+def test_offload_gives_the_same_and_leaves_the_weights_where_they_were(text_folders):
+    kept = load_text_encoder(text_folders / "wan", tokens=24, dtype=torch.float32)
+    offloaded = load_text_encoder(text_folders / "wan", tokens=24, dtype=torch.float32, offload=True)
     before = {name: parameter.data_ptr() for name, parameter in offloaded.module.named_parameters()}
     assert torch.equal(offloaded(PROMPTS), kept(PROMPTS))
     assert before == {name: parameter.data_ptr() for name, parameter in offloaded.module.named_parameters()}
     assert all(parameter.dtype == torch.bfloat16 for parameter in offloaded.module.parameters())
 
 
-def test_weights_are_mapped_from_the_file(folders):
+def test_weights_are_mapped_from_the_file(text_folders):
     """Without a change of dtype or device the parameters are the file's pages: nothing was read yet."""
-    module = load_text_encoder(folders / "wan", tokens=24).module
+    module = load_text_encoder(text_folders / "wan", tokens=24).module
     assert module.shared.weight.data_ptr() == module.encoder.embed_tokens.weight.data_ptr()
-    assert mapped_file(module.shared.weight) == str(folders / "wan" / "models_t5_umt5-xxl-enc-bf16.pth")
-    module = load_text_encoder(folders / "hf", tokens=24).module
-    assert mapped_file(module.shared.weight).startswith(str(folders / "hf" / "text_encoder" / "model-0000"))
+    assert mapped_file(module.shared.weight) == str(text_folders / "wan" / "models_t5_umt5-xxl-enc-bf16.pth")
+    module = load_text_encoder(text_folders / "hf", tokens=24).module
+    assert mapped_file(module.shared.weight).startswith(str(text_folders / "hf" / "text_encoder" / "model-0000"))
 
 
 def test_names_and_sizes_are_those_of_wans_file(tmp_path):
@@ -152,21 +115,21 @@ def test_prompts_are_cleaned_as_wan_does(text, cleaned):
     assert clean_prompt(text) == cleaned
 
 
-def test_a_missing_tokenizer_says_where_it_belongs(folders, tmp_path):
-    (tmp_path / "text_encoder").symlink_to(folders / "hf" / "text_encoder")
+def test_a_missing_tokenizer_says_where_it_belongs(text_folders, tmp_path):
+    (tmp_path / "text_encoder").symlink_to(text_folders / "hf" / "text_encoder")
     with pytest.raises(CheckpointError, match=r"missing tokenizer: none of .*tokenizer.* holds tokenizer.json or spiece.model"):
         load_text_encoder(tmp_path)
-    encoder = load_text_encoder(tmp_path, tokenizer=folders / "hf" / "tokenizer", tokens=24)
+    encoder = load_text_encoder(tmp_path, tokenizer=text_folders / "hf" / "tokenizer", tokens=24)
     assert isinstance(encoder, TextEncoder)
     assert encoder.width == 16
 
 
-def test_wrong_files_are_named(folders, tmp_path):
-    words = folders / "hf" / "tokenizer"
+def test_wrong_files_are_named(text_folders, tmp_path):
+    words = text_folders / "hf" / "tokenizer"
     with pytest.raises(CheckpointError, match=r"no text encoder at .*nothing, which is no folder"):
         load_text_encoder(tmp_path / "nothing", tokenizer=words)
     file = tmp_path / "models_t5_umt5-xxl-enc-bf16.pth"
-    whole = torch.load(folders / "wan" / file.name, weights_only=True)
+    whole = torch.load(text_folders / "wan" / file.name, weights_only=True)
     torch.save({"patch_embedding.weight": torch.zeros(1)}, file)
     with pytest.raises(CheckpointError, match=r"is no text encoder of Wan: it lacks token_embedding.weight"):
         load_text_encoder(file, tokenizer=words)
@@ -183,17 +146,17 @@ def test_wrong_files_are_named(folders, tmp_path):
         load_text_encoder(tmp_path, tokenizer=words)
 
 
-def test_a_truncated_shard_is_named(folders, tmp_path):
+def test_a_truncated_shard_is_named(text_folders, tmp_path):
     (tmp_path / "text_encoder").mkdir()
-    for file in (folders / "hf" / "text_encoder").iterdir():
+    for file in (text_folders / "hf" / "text_encoder").iterdir():
         data = file.read_bytes()
         whole = "00001" not in file.name
         (tmp_path / "text_encoder" / file.name).write_bytes(data if whole else data[: len(data) // 2])
     with pytest.raises(CheckpointError, match=r"model-00001-of-\d+.safetensors is not a whole safetensors file"):
-        load_text_encoder(tmp_path, tokenizer=folders / "hf" / "tokenizer")
+        load_text_encoder(tmp_path, tokenizer=text_folders / "hf" / "tokenizer")
 
 
-def test_a_pickle_with_code_is_not_run(folders, tmp_path):
+def test_a_pickle_with_code_is_not_run(text_folders, tmp_path):
     class Evil:
         def __reduce__(self):
             return (print, ("ran",))
@@ -201,4 +164,4 @@ def test_a_pickle_with_code_is_not_run(folders, tmp_path):
     file = tmp_path / "models.pth"
     torch.save({"token_embedding.weight": Evil()}, file)
     with pytest.raises(CheckpointError, match=r"holds more than tensors; it is not loaded"):
-        load_text_encoder(file, tokenizer=folders / "hf" / "tokenizer")
+        load_text_encoder(file, tokenizer=text_folders / "hf" / "tokenizer")
