@@ -132,11 +132,11 @@ def assign_weights(module: nn.Module, found: Mapping[str, Tensor], where: Path) 
     Example:
         >>> with torch.device("meta"):
         ...     linear = nn.Linear(2, 1)
-        >>> assign_weights(linear, {"weight": torch.ones(1, 2), "bais": torch.ones(1)}, Path("a.pth"))
+        >>> assign_weights(linear, {"weight": torch.ones(1, 2), "scale": torch.ones(1)}, Path("a.pth"))
         Traceback (most recent call last):
         sftk.errors.CheckpointError: a.pth does not fit the model:
           missing: bias [1]
-          unexpected: bais [1]
+          unexpected: scale [1]
     """
     own = module.state_dict()
     lines = [f"missing: {name} {list(own[name].shape)}" for name in own.keys() - found.keys()]
