@@ -28,19 +28,31 @@ WRITERS = {".mp4", ".gif", ".png"}
 @click.option("--frames", type=click.IntRange(1), help="Latent frames [default: as in training].")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--role", help="Which model of the run [default: its student].")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="Weights of another place for it: a safetensors file, a folder of Wan or diffusers, or a file.pt:entry.",
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 def sample(
-    checkpoint: Path, prompts: tuple[str, ...], out: Path, frames: int | None, seed: int, role: str | None, device: str
+    checkpoint: Path,
+    prompts: tuple[str, ...],
+    out: Path,
+    frames: int | None,
+    seed: int,
+    role: str | None,
+    weights: Path | None,
+    device: str,
 ) -> None:
     """Write a video from a trained student, with its few-step cached rollout.
 
-    CHECKPOINT is a run's folder, one of its checkpoints, or a weight file in one.
+    CHECKPOINT is a run's folder, one of its checkpoints, or a weight file in one; with --weights also a recipe.
     """
     if out.suffix not in WRITERS:
         raise SftkError(f"cannot write {out.name!r}; expected a name that ends in {', '.join(sorted(WRITERS))}")
     if out.suffix == ".mp4" and not can_write_mp4():
         raise SftkError("writing MP4 needs PyAV (pip install av); or take a name that ends in .gif")
-    student = load_student(checkpoint, role=role, device=pick_device(device))
+    student = load_student(checkpoint, role=role, device=pick_device(device), weights=weights)
     videos = student.sample(prompts, frames=frames, seed=seed)
     for index, (prompt, video) in enumerate(zip(prompts, videos, strict=True)):
         path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}_{index}")

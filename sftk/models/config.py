@@ -16,7 +16,7 @@ def _positive(instance: Any, attribute: Any, value: int) -> None:
 
 @attrs.frozen(kw_only=True)
 class WanConfig:
-    """Size of a Wan 2.1 text-to-video transformer, under Wan's own names.
+    """Size of a Wan text-to-video transformer, under Wan's own names.
 
     Args:
         dim: width of the hidden states; num_heads divides it, into heads of an even width.
@@ -74,6 +74,7 @@ class WanConfig:
 PRESETS: dict[str, WanConfig] = {
     "1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "5b": WanConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48),
     "digits": WanConfig(
         dim=96,
         ffn_dim=384,
@@ -88,7 +89,11 @@ PRESETS: dict[str, WanConfig] = {
         rope_base_time=100.0,
     ),
 }
-"""Named sizes: Wan 2.1's two published ones and that of the embedded digits task."""
+"""Named sizes: `1.3b` and `14b` of Wan 2.1 (arXiv 2503.20314; the config.json of Wan2.1-T2V-1.3B and Wan2.1-T2V-14B), `5b` of
+Wan 2.2 (Wan2.2-TI2V-5B, 48 latent channels), and that of the embedded digits task."""
+
+HEAD_DIM = 128
+"""Width of a head in every published Wan; checkpoints without a config.json do not tell it."""
 
 
 def preset(name: str) -> WanConfig:

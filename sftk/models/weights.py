@@ -1,4 +1,4 @@
-"""Weights in and out of safetensors files, strict, with a readable list of what does not fit."""
+"""Weights into models, strict, with a readable list of what does not fit; and out into our own files."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any, TypeVar
 
 import attrs
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sftk.errors import CheckpointError
 from sftk.models.config import WanConfig
+from sftk.models.config_files import told_by_json
+from sftk.models.formats import WeightSource, open_weights
+from sftk.models.tensor_files import read_safetensors, stream
 from sftk.models.wan import WanModel
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -40,25 +42,32 @@ def save_weights(
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads a safetensors file into a model, in place; names and shapes must fit exactly.
+    """Loads weights into a model, in place, one tensor at a time; names and shapes must fit exactly.
 
     A part that the model adds to what was trained (its `added_parts`) may be missing as a whole; it stays as it is.
+
+    Args:
+        path: a backbone takes whatever `open_weights` reads, another module a safetensors file.
 
     Raises:
         CheckpointError: the file is missing, broken or of another model; the message lists what does not fit.
     """
-    found = read_tensors(path)
+    source = open_weights(path)
+    own = model.state_dict()
+    for part in getattr(model, "added_parts", ()):
+        if not any(name.startswith(f"{part}.") for name in source.stored):
+            own = {name: tensor for name, tensor in own.items() if not name.startswith(f"{part}.")}
+    if isinstance(model, WanModel):
+        source.check_backbone()
+    differences = _differences(own, source)
+    if differences:
+        shown = "\n  ".join(differences[:12]) + (f"\n  and {len(differences) - 12} more" if len(differences) > 12 else "")
+        raise CheckpointError(f"the weights in {path} do not fit the model:\n  {shown}")
+    if isinstance(model, WanModel) and source.settings is not None:
+        _check_config(model.config, source)
     with torch.no_grad():
-        own = model.state_dict()
-        for part in getattr(model, "added_parts", ()):
-            if not any(name.startswith(f"{part}.") for name in found):
-                own = {name: tensor for name, tensor in own.items() if not name.startswith(f"{part}.")}
-        differences = _differences(own, found)
-        if differences:
-            shown = "\n  ".join(differences[:12]) + (f"\n  and {len(differences) - 12} more" if len(differences) > 12 else "")
-            raise CheckpointError(f"the weights in {path} do not fit the model:\n  {shown}")
-        for name, tensor in own.items():
-            tensor.copy_(found[name])
+        for name, tensor in source.tensors():
+            own[name].copy_(tensor)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -67,30 +76,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it is missing or broken.
     """
-    if not path.is_file():
-        raise CheckpointError(f"no weight file {path}; expected a .safetensors file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+    return {stored.name: tensor for stored, tensor in stream(read_safetensors(path)[0].values())}
 
 
 def read_config(path: Path) -> WanConfig:
-    """The config in a file that `save_weights` wrote.
+    """The size of the backbone whose weights lie at `path`, see `open_weights`.
 
     Raises:
-        CheckpointError: it is missing, broken or holds no config.
+        CheckpointError: nothing lies there, it is broken, or no backbone's.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-    if "config" not in metadata:
-        raise CheckpointError(f"{path} holds no model config in its metadata; it was not written by sftk")
-    values = json.loads(metadata["config"])
-    return WanConfig(**(values | {"patch_size": tuple(values["patch_size"])}))
+    return open_weights(path).config()
 
 
 def build_model(
@@ -99,7 +94,7 @@ def build_model(
     """A backbone with given or random weights.
 
     Args:
-        weights: a safetensors file, or None for random weights drawn from `seed`.
+        weights: what `open_weights` reads, or None for random weights drawn from `seed`.
         dtype: `fp32`, `bf16` or `fp64`, of the parameters.
 
     Raises:
@@ -144,12 +139,25 @@ def _portable(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.cpu().contiguous()
 
 
-def _differences(own: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+def _differences(own: dict[str, Tensor], source: WeightSource) -> list[str]:
+    found = source.stored
+    shown = {name: name if item.name == name else f"{name} (there {item.name})" for name, item in found.items()}
     lines = [f"missing: {name} {list(own[name].shape)}" for name in own if name not in found]
-    lines += [f"unexpected: {name} {list(found[name].shape)}" for name in found if name not in own]
+    lines += [f"unexpected: {shown[name]} {list(found[name].shape)}" for name in found if name not in own]
     lines += [
-        f"shape of {name}: the file has {list(found[name].shape)}, the model {list(own[name].shape)}"
+        f"shape of {shown[name]}: the file has {list(found[name].shape)}, the model {list(own[name].shape)}"
         for name in own
         if name in found and found[name].shape != own[name].shape
     ]
     return lines
+
+
+def _check_config(config: WanConfig, source: WeightSource) -> None:
+    """What config.json says and shapes do not show, such as the number of heads."""
+    told = told_by_json(source.settings or {}, source.settings_path)
+    for key in ("num_heads", "eps"):
+        if key in told and told[key] != getattr(config, key):
+            raise CheckpointError(
+                f"{source.settings_path} says {key}: {told[key]}, the model has {getattr(config, key)}; write size: auto to "
+                "take it from there"
+            )

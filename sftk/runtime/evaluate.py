@@ -222,7 +222,7 @@ def shipped_teacher(weights: Path | None, options: DigitsEvaluation) -> Row | No
     Sampling the teacher with many steps takes minutes on a CPU, and its weights are fixed.
     """
     path = Path(__file__).parent.parent / FIGURES
-    if weights is None or not path.is_file():
+    if weights is None or not weights.is_file() or not path.is_file():
         return None
     figures = json.loads(path.read_text())
     same = figures["weights_sha256"] == file_hash(weights) and figures["teacher_sampling"] == attrs.asdict(

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from sftk.data.sources import DataSource, source
 from sftk.errors import CheckpointError, SftkError, did_you_mean
-from sftk.models.wan import WanModel
-from sftk.models.weights import load_weights, read_config
+from sftk.models.config import WanConfig
+from sftk.models.formats import open_weights
+from sftk.models.tensor_files import split_entry
+from sftk.models.weight_folders import STEM
+from sftk.models.weights import build_model
 from sftk.runtime.checkpoint import last_checkpoint
 from sftk.runtime.evaluators import evaluation_options
 from sftk.runtime.port import Port
@@ -22,8 +25,8 @@ from sftk.spec.convert import structure
 from sftk.spec.document import Document
 from sftk.spec.files import find_file
 from sftk.spec.params import spec_params
-from sftk.spec.recipe import load_plugins
-from sftk.spec.schema import Recipe
+from sftk.spec.recipe import load_plugins, load_recipe
+from sftk.spec.schema import AUTO, Recipe
 from sftk.spec.source import read_yaml
 
 
@@ -69,31 +72,36 @@ class Student:
         return self.data.decode(latents)
 
 
-def load_student(path: Path, *, role: str | None = None, device: torch.device | None = None) -> Student:
-    """A student from a run's folder, one of its checkpoints, or a weight file in one.
+def load_student(
+    path: Path, *, role: str | None = None, device: torch.device | None = None, weights: Path | None = None
+) -> Student:
+    """A student from a run's folder, one of its checkpoints, or a weight file in one; or from a recipe and weights.
 
     Args:
         path: the folder or file.
         role: which model; by default the evaluated student, or the only updated one. Its average is taken where one is kept.
         device: where to put it.
+        weights: what `open_weights` reads, instead of the run's own; `path` may then be a recipe, whose student they are.
 
     Raises:
         CheckpointError: there is no such checkpoint or role; the message lists what is there.
     """
     path, device = Path(path), device or torch.device("cpu")
-    recipe_file = next((p / "recipe.yaml" for p in (path, *path.parents) if (p / "recipe.yaml").is_file()), None)
-    if not path.exists():
-        raise CheckpointError(
-            f"no such checkpoint {path}; expected a run's folder, a folder in its checkpoints/, or a .safetensors file"
-        )
-    if recipe_file is None:
-        raise CheckpointError(f"{path} does not lie in a run's folder (no recipe.yaml above it)")
-    stage, document, recipe = _last_stage(recipe_file)
-    load_plugins(recipe, document, recipe_file)
-    sampling, evaluated = _sampling(document, recipe)
-    weights = path if path.is_file() else _weights(path, recipe_file.parent, stage, role or evaluated, recipe)
-    model = WanModel(read_config(weights)).requires_grad_(False).to(device)
-    load_weights(model, weights)
+    if weights is not None and path.suffix in (".yaml", ".yml"):
+        last = load_recipe(path)[-1]
+        document, recipe = last.document, last.recipe
+        sampling, evaluated = _sampling(document, recipe)
+    else:
+        recipe_file = _recipe_above(path)
+        if recipe_file is None:
+            raise CheckpointError(f"{path} does not lie in a run's folder (no recipe.yaml above it)")
+        stage, document, recipe = _last_stage(recipe_file)
+        load_plugins(recipe, document, recipe_file)
+        sampling, evaluated = _sampling(document, recipe)
+        if weights is None:
+            weights = path if path.is_file() else _weights(path, recipe_file.parent, stage, role or evaluated, recipe)
+    config = _config_of(weights, recipe, role or evaluated or _student(recipe))
+    model = build_model(config, weights=weights, seed=0, dtype="fp32", backend="auto", device=device).requires_grad_(False)
     latents = recipe.latents
     return Student(
         port=Port(model, None),
@@ -103,6 +111,49 @@ def load_student(path: Path, *, role: str | None = None, device: torch.device | 
         weights=weights,
         device=device,
     )
+
+
+def find_weights(path: Path, *, role: str | None = None, average: bool = True) -> Path:
+    """The weights that a path means: those of a run's student, or what lies there when it is in no run.
+
+    Args:
+        path: a run's folder, one of its checkpoints, or what `open_weights` reads.
+        role: which model of the run, see `load_student`.
+        average: take the average where one is kept.
+
+    Raises:
+        CheckpointError: there is no such checkpoint or role; the message lists what is there.
+    """
+    file, _ = split_entry(path)
+    recipe_file = _recipe_above(file)
+    if file.is_file() or recipe_file is None or any(file.glob(f"{STEM}*")):
+        if role is not None:
+            raise CheckpointError(f"{path} is no run or checkpoint, so it has no role {role!r}; leave out --role")
+        return path
+    stage, document, recipe = _last_stage(recipe_file)
+    load_plugins(recipe, document, recipe_file)
+    _, evaluated = _sampling(document, recipe)
+    return _weights(path, recipe_file.parent, stage, role or evaluated, recipe, average)
+
+
+def _student(recipe: Recipe) -> str:
+    updated = [role for phase in recipe.phases for role in phase.roles]
+    return "generator" if "generator" in updated else updated[0]
+
+
+def _config_of(weights: Path, recipe: Recipe, role: str) -> WanConfig:
+    """The size in our own files, or the one that the recipe gives its student, whose weights they are."""
+    source = open_weights(weights)
+    section = recipe.models.get(role)
+    if source.own_config is not None or section is None or section.size in (None, AUTO):
+        return source.config()
+    return section.config
+
+
+def _recipe_above(path: Path) -> Path | None:
+    if not path.exists():
+        raise CheckpointError(f"no such checkpoint {path}; expected a run's folder, a folder in its checkpoints/, or weights")
+    return next((p / "recipe.yaml" for p in (path, *path.parents) if (p / "recipe.yaml").is_file()), None)
 
 
 def _last_stage(file: Path) -> tuple[str, Document, Recipe]:
@@ -135,7 +186,7 @@ def _is_reference(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("$")
 
 
-def _weights(path: Path, run: Path, stage: str, role: str | None, recipe: Recipe) -> Path:
+def _weights(path: Path, run: Path, stage: str, role: str | None, recipe: Recipe, average: bool = True) -> Path:
     folder = (
         path
         if path.name.startswith("step_")
@@ -144,9 +195,8 @@ def _weights(path: Path, run: Path, stage: str, role: str | None, recipe: Recipe
     if folder is None:
         raise CheckpointError(f"{path} holds no complete checkpoint yet")
     there = sorted(p.name.removesuffix(".safetensors") for p in folder.glob("*.safetensors"))
-    updated = [r for phase in recipe.phases for r in phase.roles]
-    role = role or ("generator" if "generator" in updated else updated[0])
-    for name in (f"{role}.ema", role):
+    role = role or _student(recipe)
+    for name in (f"{role}.ema", role) if average else (role,):
         if name in there:
             return folder / f"{name}.safetensors"
     raise CheckpointError(f"{folder} has no weights of {role!r}, only {there}; {did_you_mean(role, there) or ''}")

@@ -29,12 +29,14 @@ from sftk.errors import DataError, SftkError
 from sftk.functional.keys import Key
 from sftk.functional.schedule import inference_timesteps
 from sftk.models.config import WanConfig, preset
-from sftk.models.weights import build_model
+from sftk.models.tensor_files import split_entry
+from sftk.models.weight_folders import transformer_folder
+from sftk.models.weights import build_model, read_config
 from sftk.runtime.device import pick_device, set_precision
 from sftk.runtime.port import Port
 from sftk.spec.data_files import change_files, found_files
 from sftk.spec.recipe import Stage
-from sftk.spec.schema import LatentsSection
+from sftk.spec.schema import AUTO, LatentsSection
 
 _POLL = 0.5
 _EDGE = 2**24
@@ -136,7 +138,7 @@ class TeacherPairs:
         self.embed = make_embedder(plan.text)
         self.states = plan.states()
         self.graph = Graph.from_spec("specs/ode_trajectory.yaml", **attrs.asdict(plan.solver))
-        config = _config(plan.teacher.size)
+        config = _config(plan.teacher.size, Path(plan.teacher.weights))
         found_sizes, wanted = (latents.channels, self.embed.shape[1]), (config.in_dim, config.text_dim)
         if found_sizes != wanted:
             raise DataError(
@@ -243,6 +245,8 @@ def _fill_shard(job: PairJob, shard: int) -> Iterator[int]:
 def file_digest(name: str) -> str:
     """A file's name and a digest of its size and of its first and last 16 MiB: enough to tell weight files apart.
 
+    Of a folder, those of its safetensors files; an entry (`file.pt:<entry>`) counts, too.
+
     Example:
         >>> import tempfile
         >>> file = Path(tempfile.mkdtemp()) / "a.txt"
@@ -250,18 +254,22 @@ def file_digest(name: str) -> str:
         >>> file_digest(str(file))
         'a.txt a048e640908046be'
     """
-    path = Path(name)
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(_EDGE))
-        if size > _EDGE:
-            file.seek(max(_EDGE, size - _EDGE))
+    path, entry = split_entry(name)
+    digest = hashlib.sha256(entry.encode() if entry else b"")
+    for part in sorted(transformer_folder(path).glob("*.safetensors")) if path.is_dir() else [path]:
+        size = part.stat().st_size
+        digest.update(str(size).encode())
+        with part.open("rb") as file:
             digest.update(file.read(_EDGE))
+            if size > _EDGE:
+                file.seek(max(_EDGE, size - _EDGE))
+                digest.update(file.read(_EDGE))
     return f"{path.name} {digest.hexdigest()[:16]}"
 
 
-def _config(size: str | Mapping[str, Any]) -> WanConfig:
+def _config(size: str | Mapping[str, Any], weights: Path) -> WanConfig:
+    if size == AUTO:
+        return read_config(weights)
     if isinstance(size, str):
         return preset(size)
     lists: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in size.items()}

@@ -17,7 +17,7 @@ from sftk.spec.data_files import named_files
 from sftk.spec.document import Document
 from sftk.spec.fetch import fetchable
 from sftk.spec.files import find_file
-from sftk.spec.schema import PLAIN_NAME, ModelSection, PhaseSection, Recipe
+from sftk.spec.schema import AUTO, PLAIN_NAME, ModelSection, PhaseSection, Recipe
 
 if TYPE_CHECKING:
     from sftk.spec.recipe import Stage
@@ -74,6 +74,9 @@ class Checks:
             if model.branch_of is not None:
                 self._branch(role, model)
                 continue
+            if model.size == AUTO:  # its weights could not be read
+                self._weights(role, model.weights)
+                continue
             if model.config.in_dim != recipe.latents.channels:
                 message = f"the model takes {model.config.in_dim} channels, the latents have {recipe.latents.channels}"
                 self._say(("models", role, "size"), message)
@@ -102,7 +105,7 @@ class Checks:
         elif models[model.branch_of].size is None:
             backbones = ", ".join(name for name, other in models.items() if other.size is not None)
             self._say(place, f"{model.branch_of!r} is no backbone", f"name one of {backbones}")
-        else:
+        elif models[model.branch_of].size != AUTO:
             try:
                 with torch.device("meta"):
                     ClassifierBranch(models[model.branch_of].config, model.branch)

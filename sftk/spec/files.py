@@ -7,6 +7,7 @@ from pathlib import Path
 
 import sftk
 from sftk.errors import Problem, SpecError, did_you_mean
+from sftk.models.tensor_files import split_entry
 
 
 def package_root() -> Path:
@@ -30,7 +31,7 @@ def find_file(name: str, beside: Path | None = None) -> Path:
     """The file of that name.
 
     Args:
-        name: an absolute path, or one relative to a search root.
+        name: an absolute path, or one relative to a search root; that of a PyTorch file may end in `:<entry>`.
         beside: the file that names it.
 
     Raises:
@@ -43,7 +44,7 @@ def find_file(name: str, beside: Path | None = None) -> Path:
     path = Path(name).expanduser()
     roots = [Path()] if path.is_absolute() else search_roots(beside)
     for root in roots:
-        if (root / path).exists():
+        if split_entry(root / path)[0].exists():
             return root / path
     near = {str(found.relative_to(root)) for root in roots for found in _siblings(root / path, root)}
     hint = did_you_mean(name, near) if near else None

@@ -24,7 +24,8 @@ from sftk.spec.files import find_file, search_roots, show_path
 from sftk.spec.graphs import build_graph, once
 from sftk.spec.params import Origin
 from sftk.spec.parts import apply_with, override, read_part
-from sftk.spec.schema import PhaseSection, Recipe, StagedRecipe
+from sftk.spec.schema import AUTO, PhaseSection, Recipe, StagedRecipe
+from sftk.spec.sizes import fill_sizes, written_size
 from sftk.spec.source import read_yaml
 
 
@@ -56,6 +57,9 @@ class Stage:
         for model in value["models"].values():
             if isinstance(model.get("weights"), str):
                 model["weights"] = self._whole(model["weights"])
+        for role, section in self.recipe.models.items():
+            if value["models"][role].get("size") == AUTO:
+                value["models"][role]["size"] = written_size(section.size)
         if value["data"].get("with"):
             value["data"]["with"] = change_files(value["data"]["use"], value["data"]["with"], self._whole)
         if value.get("plugins"):
@@ -235,6 +239,8 @@ def read_stage(
     if recipe is None:
         return None, problems
     problems += load_plugins(recipe, document, path)
+    recipe, wrong = fill_sizes(recipe, document, path, earlier)
+    problems += wrong
     built: list[Graph | None] = []
     for index, phase in enumerate(recipe.phases):
         graph, wrong = _phase_graph(recipe, phase, index, document, path, given or {})

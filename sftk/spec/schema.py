@@ -14,6 +14,9 @@ from sftk.models.config import PRESETS, WanConfig, preset
 PLAIN_NAME = re.compile(r"[\w-]+", re.ASCII)
 """What phases, stages and roles may be called: they become file names, metric names and parts of overrides."""
 
+AUTO = "auto"
+"""The size of a model that is read from its weights."""
+
 
 def at_least(least: float):
     """An attrs validator: a number (or every one of a tuple) is at least `least`; None passes."""
@@ -37,8 +40,9 @@ def _share(instance: Any, attribute: Any, value: float) -> None:
 
 
 def _known_size(instance: Any, attribute: Any, value: Any) -> None:
-    if isinstance(value, str) and value not in PRESETS:
-        raise ValueError(f"unknown model size {value!r}, expected one of {', '.join(sorted(PRESETS))} or a mapping of sizes")
+    if isinstance(value, str) and value not in (AUTO, *PRESETS):
+        known = ", ".join([*sorted(PRESETS), AUTO])
+        raise ValueError(f"unknown model size {value!r}, expected one of {known} or a mapping of sizes")
 
 
 @attrs.frozen(kw_only=True)
@@ -62,8 +66,9 @@ class DataSection:
 
 @attrs.frozen(kw_only=True)
 class ModelSection:
-    """A model: its size, its weights (a file, or `<stage>/<role>` of an earlier stage; null starts from random ones).
+    """A model: its size, its weights (a file or folder, or `<stage>/<role>` of an earlier stage; null starts from random ones).
 
+    The size `auto` is that of the weights; reading a recipe puts it in place, see `sftk.spec.sizes`.
     Instead of a size, `ema_of` is another role's average, `branch_of` a classifier branch on another role's hidden states, of
     the size `branch`, and `builtin` a frozen module of the package, see `sftk.data.builtins`.
     """
@@ -81,6 +86,8 @@ class ModelSection:
     def __attrs_post_init__(self) -> None:
         if [self.size, self.ema_of, self.branch_of, self.builtin].count(None) != 3:
             raise ValueError("a model has one of `size`, `ema_of`, `branch_of` and `builtin`")
+        if self.size == AUTO and self.weights is None:
+            raise ValueError("size: auto is read from `weights`, which this model lacks; name them, or a size")
         if (self.branch is None) != (self.branch_of is None):
             raise ValueError("a classifier branch has both `branch_of`, the role that it reads, and `branch`, its size")
         if self.branch is not None and self.checkpoint != "none":
@@ -91,8 +98,9 @@ class ModelSection:
 
     @property
     def config(self) -> WanConfig:
-        """The size as a config."""
+        """The size as a config; not of `auto`, before it is put in place."""
         assert self.size is not None
+        assert self.size != AUTO
         return preset(self.size) if isinstance(self.size, str) else self.size
 
 

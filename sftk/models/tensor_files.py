@@ -1,0 +1,195 @@
+"""Tensors in safetensors and PyTorch files: their names and shapes first, their values one by one, memory-mapped."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sftk.errors import CheckpointError, did_you_mean
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+"""Endings of files that `torch.save` wrote."""
+
+ENTRIES = ("generator_ema", "generator")
+"""What is taken from a training checkpoint when its user names no entry: the average first."""
+
+MAPPED_AT_ONCE = 1 << 30
+"""Bytes of tensors that are read before a file is mapped anew, which lets go of the pages read so far."""
+
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+
+
+@attrs.frozen(kw_only=True)
+class Stored:
+    """A tensor in a file.
+
+    Args:
+        file: it lies in.
+        name: it has there.
+        shape: its sizes.
+        bytes: it takes.
+        entry: of the dictionary in a PyTorch file that it lies in, or None.
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    bytes: int
+    entry: str | None = None
+
+
+def split_entry(path: str | Path) -> tuple[Path, str | None]:
+    """A PyTorch file and the entry that is named after a colon.
+
+    Example:
+        >>> file, entry = split_entry("self_forcing_dmd.pt:generator_ema")
+        >>> str(file), entry
+        ('self_forcing_dmd.pt', 'generator_ema')
+    """
+    file, colon, entry = str(path).rpartition(":")
+    if colon and Path(file).suffix in PICKLES:
+        return Path(file), entry
+    return Path(path), None
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """What lies in a safetensors file, in the file's order, and its metadata.
+
+    Raises:
+        CheckpointError: it is missing or broken.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no weight file {path}; expected a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {}
+            for name in file.offset_keys():
+                part = file.get_slice(name)
+                shape = tuple(part.get_shape())
+                size = torch.Size(shape).numel() * _BYTES.get(part.get_dtype(), 1)
+                found[name] = Stored(file=path, name=name, shape=shape, bytes=size)
+            return found, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {_what_is_wrong(path, error)}") from error
+
+
+def read_pickle(path: Path, entry: str | None) -> dict[str, Stored]:
+    """What lies in a PyTorch file: a dictionary of tensors, or one entry of a dictionary of such dictionaries.
+
+    Args:
+        entry: which one; None takes the first of `ENTRIES` that is there, or the only one.
+
+    Raises:
+        CheckpointError: it is missing or broken, holds more than tensors, or no such entry; the message lists what is there.
+    """
+    tensors, entry = _choose(path, _load(path), entry)
+    return {
+        name: Stored(file=path, name=name, shape=tuple(t.shape), bytes=t.numel() * t.element_size(), entry=entry)
+        for name, t in tensors.items()
+    }
+
+
+def stream(stored: Iterable[Stored]) -> Iterator[tuple[Stored, Tensor]]:
+    """The tensors' values, in the given order; each is valid until the next one is asked for.
+
+    Memory-mapped: the process holds at most about `MAPPED_AT_ONCE` bytes of a file, and a tensor itself.
+
+    Raises:
+        CheckpointError: a file is broken.
+    """
+    for group in _groups(stored):
+        with _opened(group[0]) as get:
+            for item in group:
+                yield item, get(item.name)
+
+
+def _groups(stored: Iterable[Stored]) -> Iterator[list[Stored]]:
+    group: list[Stored] = []
+    size = 0
+    for item in stored:
+        if group and (item.file != group[0].file or item.entry != group[0].entry or size + item.bytes > MAPPED_AT_ONCE):
+            yield group
+            group, size = [], 0
+        group.append(item)
+        size += item.bytes
+    if group:
+        yield group
+
+
+@contextmanager
+def _opened(item: Stored) -> Iterator[Callable[[str], Tensor]]:
+    if item.file.suffix in PICKLES:
+        tensors, _ = _choose(item.file, _load(item.file), item.entry)
+        yield tensors.__getitem__
+        return
+    try:
+        with safe_open(item.file, framework="pt") as file:
+            yield file.get_tensor
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{item.file} is not a whole safetensors file: {_what_is_wrong(item.file, error)}") from error
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"no weight file {path}; expected a file that torch.save wrote")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors, or is no PyTorch file ({str(error).splitlines()[0]}); expected dictionaries of "
+            "tensors: save its state_dict anew"
+        ) from error
+    except RuntimeError as error:
+        if "mmap" in str(error):  # written by PyTorch before 1.6, which cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True)
+        raise CheckpointError(
+            f"{path} is not a whole PyTorch file ({path.stat().st_size} bytes): {str(error).splitlines()[0]}; copy it again"
+        ) from error
+    except (OSError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as a PyTorch file: {error}") from error
+
+
+def _choose(path: Path, value: Any, entry: str | None) -> tuple[dict[str, Tensor], str | None]:
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a dictionary of tensors")
+    entries = [str(key) for key, part in value.items() if _is_state(part)]
+    if entry is None and _is_state(value):
+        return dict(value), None
+    if entry is None:
+        entry = next((name for name in ENTRIES if name in entries), entries[0] if len(entries) == 1 else None)
+    if entry is None:
+        there = f"the entries {', '.join(entries)}" if entries else f"only {', '.join(map(str, list(value)[:8])) or 'nothing'}"
+        raise CheckpointError(f"{path} holds {there}; expected tensors, or name the entry: {path.name}:<entry>")
+    if entry not in entries:
+        there = f"the entries {', '.join(entries)}" if entries else "a plain dictionary of tensors"
+        hint = did_you_mean(entry, entries) or f"leave out ':{entry}'"
+        raise CheckpointError(f"{path} has no entry {entry!r} of tensors, but {there}; {hint}")
+    return dict(value[entry]), entry
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
+
+
+def _what_is_wrong(path: Path, error: Exception) -> str:
+    """The library's message, with the sizes when the file is shorter than its header promises."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if length < size else {}
+            end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        except (ValueError, TypeError, KeyError):
+            return f"{error}; copy it again"
+    if size < 8 + length + end:
+        return f"it is truncated, {size} bytes of {8 + length + end}; copy it again"
+    return f"{error}; copy it again"
