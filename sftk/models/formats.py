@@ -120,9 +120,7 @@ def open_weights(path: Path) -> WeightSource:
     beside = folder / "config.json"
     settings = read_json(beside) if beside.is_file() and file.suffix not in PICKLES else None
     if file.is_dir() and settings is None:
-        raise CheckpointError(
-            f"{folder} has no config.json, which tells the model's size; copy it from where the weights are from"
-        )
+        raise CheckpointError(f"{folder} has no config.json, which tells the model's size; copy it there, too")
     naming: Format = "diffusers" if is_diffusers(map(unwrap, stored)) else "original"
     return WeightSource(
         path=path, format=naming, stored=_original_names(stored, naming, path), settings=settings, settings_path=beside

@@ -25,6 +25,7 @@ ENTRIES = ("generator_ema", "generator")
 MAPPED_AT_ONCE = 1 << 30
 """Bytes of tensors that are read before a file is mapped anew, which lets go of the pages read so far."""
 
+_ZIP = b"PK\x03\x04"
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
 
 
@@ -141,21 +142,18 @@ def _opened(item: Stored) -> Iterator[Callable[[str], Tensor]]:
 def _load(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"no weight file {path}; expected a file that torch.save wrote")
+    with path.open("rb") as file:
+        mapped = file.read(4) == _ZIP  # PyTorch before 1.6 wrote files that cannot be mapped
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds more than tensors, or is no PyTorch file ({str(error).splitlines()[0]}); expected dictionaries of "
-            "tensors: save its state_dict anew"
+            f"{path} holds more than tensors, or is no PyTorch file; expected dictionaries of tensors: save its state_dict anew"
         ) from error
-    except RuntimeError as error:
-        if "mmap" in str(error):  # written by PyTorch before 1.6, which cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
-        raise CheckpointError(
-            f"{path} is not a whole PyTorch file ({path.stat().st_size} bytes): {str(error).splitlines()[0]}; copy it again"
-        ) from error
-    except (OSError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as a PyTorch file: {error}") from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        size = path.stat().st_size
+        raise CheckpointError(f"{path} is not a whole PyTorch file ({size} bytes): {reason}; copy it again") from error
 
 
 def _choose(path: Path, value: Any, entry: str | None) -> tuple[dict[str, Tensor], str | None]:

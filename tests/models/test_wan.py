@@ -7,6 +7,7 @@ from sftk.errors import ShapeError, SpecError
 from sftk.functional import KVCache, Layout, append
 from sftk.functional.attention import available_backends
 from sftk.models import PRESETS, WanConfig, WanModel, preset
+from sftk.models.config import HEAD_DIM
 from sftk.models.layers import sinusoidal_embedding
 from sftk.models.rope import axis_pairs, rope_table, rotate
 
@@ -253,7 +254,8 @@ def test_presets():
     assert preset("14b").num_heads == 40
     with pytest.raises(SpecError, match=r"unknown model size '1\.3B'; did you mean '1\.3b'\?"):
         preset("1.3B")
-    assert set(PRESETS) == {"1.3b", "14b", "digits"}
+    assert set(PRESETS) == {"1.3b", "14b", "5b", "digits"}
+    assert {preset(name).head_dim for name in ("1.3b", "14b", "5b")} == {HEAD_DIM}
     with torch.device("meta"):
         count = sum(p.numel() for p in WanModel(preset("1.3b")).parameters())
     assert count == 1_418_996_800

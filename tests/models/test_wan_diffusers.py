@@ -2,36 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 
+from sftk.models.names import rename
+
 transformers = pytest.importorskip("diffusers.models.transformers.transformer_wan")
-
-RENAMES = (
-    (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
-    (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
-    (r"^condition_embedder\.time_proj\.", "time_projection.1."),
-    (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
-    (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
-    (r"\.attn1\.", ".self_attn."),
-    (r"\.attn2\.", ".cross_attn."),
-    (r"\.to_(q|k|v)\.", r".\1."),
-    (r"\.to_out\.0\.", ".o."),
-    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
-    (r"\.ffn\.net\.2\.", ".ffn.2."),
-    (r"^(blocks\.\d+)\.norm2\.", r"\1.norm3."),
-    (r"^(blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
-    (r"^scale_shift_table$", "head.modulation"),
-    (r"^proj_out\.", "head.head."),
-)
-
-
-def original_name(name: str) -> str:
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def pair(make_model, **changes):
@@ -52,7 +28,7 @@ def pair(make_model, **changes):
         rope_max_seq_len=32,
     ).eval()
     weights = ours.state_dict()
-    names = {name: original_name(name) for name in theirs.state_dict()}
+    names = {name: rename(name, "original") for name in theirs.state_dict()}
     assert sorted(names.values()) == sorted(weights)
     theirs.load_state_dict({name: weights[original] for name, original in names.items()})
     return ours, theirs
@@ -84,5 +60,5 @@ def test_same_gradients_as_diffusers(make_model, randn):
     (theirs(latents.transpose(1, 2), times, embeds, return_dict=False)[0].transpose(1, 2) * weight).sum().backward()
     own = {name: p.grad for name, p in ours.named_parameters()}
     for name, parameter in theirs.named_parameters():
-        found = own[original_name(name)]
+        found = own[rename(name, "original")]
         torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
