@@ -15,7 +15,7 @@ from sftk.errors import Problem, SpecError, did_you_mean
 from sftk.models.branch import ClassifierBranch
 from sftk.spec.data_files import named_files
 from sftk.spec.document import Document
-from sftk.spec.fetch import fetchable
+from sftk.spec.fetch import download_of
 from sftk.spec.files import find_file
 from sftk.spec.schema import AUTO, PLAIN_NAME, ModelSection, PhaseSection, Recipe
 
@@ -124,7 +124,7 @@ class Checks:
                 message = f"{stage!r} has no model {source!r}"
                 self._say(("models", role, "weights"), message, did_you_mean(source, known))
             return
-        if weights in fetchable(self.recipe.fetch):
+        if download_of(weights, self.recipe.fetch) is not None:
             return
         try:
             find_file(weights, self.path)
@@ -150,7 +150,7 @@ class Checks:
         ):
             self._say(("data", *path), message, hint)
         for path, name in named_files(data.use, data.with_):
-            if name in fetchable(self.recipe.fetch):
+            if download_of(name, self.recipe.fetch) is not None:
                 continue
             try:
                 find_file(name, self.path)
@@ -164,7 +164,7 @@ class Checks:
         named = [model.weights for model in recipe.models.values() if model.weights is not None]
         named += [name for _, name in named_files(recipe.data.use, recipe.data.with_)]
         for folder, section in recipe.fetch.items():
-            if not any(name in fetchable({folder: section}) for name in named):
+            if not any(download_of(name, {folder: section}) for name in named):
                 hint = did_you_mean(folder, named) if named else None
                 self._say(("fetch", folder), f"nothing in this recipe names {folder!r} or a file of it", hint)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from sftk.errors import SpecError
+from sftk.models.tensor_files import split_entry
 from sftk.spec.data_files import named_files
 from sftk.spec.files import find_file
 from sftk.spec.schema import FetchSection
@@ -51,6 +52,16 @@ def fetchable(fetch: Mapping[str, FetchSection]) -> dict[str, str]:
     return names
 
 
+def download_of(name: str, fetch: Mapping[str, FetchSection]) -> str | None:
+    """The key of `fetch` that brings a file; of `file.pt:<entry>`, the file.
+
+    Example:
+        >>> download_of("models/init.pt:generator", {"models": FetchSection(repo="someone/weights", files=("init.pt",))})
+        'models'
+    """
+    return fetchable(fetch).get(str(split_entry(name)[0]))
+
+
 def recipe_files(stage: Stage) -> tuple[NamedFile, ...]:
     """Every file that a stage names, found or not; weights of earlier stages are left out.
 
@@ -69,16 +80,15 @@ def recipe_files(stage: Stage) -> tuple[NamedFile, ...]:
             used.setdefault(model.weights, []).append(f"models.{role}")
     for path, name in named_files(recipe.data.use, recipe.data.with_):
         used.setdefault(name, []).append(".".join(("data", "with", *map(str, path))))
-    sources = fetchable(recipe.fetch)
     found = []
     for name, places in used.items():
         try:
-            path = find_file(name, stage.path)
+            path, _ = split_entry(find_file(name, stage.path))
         except SpecError:
-            if name not in sources:
+            if download_of(name, recipe.fetch) is None:
                 continue
             path = None
-        found.append(NamedFile(name=name, used_by=tuple(places), path=path, folder=sources.get(name)))
+        found.append(NamedFile(name=name, used_by=tuple(places), path=path, folder=download_of(name, recipe.fetch)))
     return tuple(found)
 
 

@@ -12,6 +12,7 @@ from sftk.errors import CheckpointError, Problem, SpecError
 from sftk.models.config import WanConfig
 from sftk.models.weights import read_config
 from sftk.spec.document import Document
+from sftk.spec.fetch import download_of
 from sftk.spec.files import find_file
 from sftk.spec.schema import AUTO, Recipe
 
@@ -43,6 +44,11 @@ def fill_sizes(
             try:
                 size = read_config(find_file(section.weights, path))
             except SpecError:
+                if download_of(section.weights, recipe.fetch) is not None:
+                    message = f"the size is read from {section.weights!r}, which is not here yet"
+                    problems.append(
+                        document.problem(("models", role, "size"), message, "download it with `sftk fetch`, or name a size")
+                    )
                 continue
             except CheckpointError as error:
                 problems.append(document.problem(("models", role, "weights"), str(error), None))
