@@ -120,7 +120,7 @@ def embed(prompts: Path, out: Path, text: Any, negative: tuple[str, ...], format
 def inspect(path: Path, out: Path | None, codec: Any, rows: int, skip_bad: bool) -> None:
     """Say what PATH holds, and draw a contact sheet.
 
-    PATH is a store of latents, a prompt file, or a folder of captioned images.
+    PATH is a store of latents or of embeddings, a prompt file, or a folder of captioned images.
     """
     if not path.exists():
         raise SftkError(f"no such file or folder {path}")

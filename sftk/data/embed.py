@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sftk.data.choices import Choice, split_choice
 from sftk.data.embedders import Embedder, make_embedder
-from sftk.data.embeddings import FORMATS, KIND, Format, embedding_key
+from sftk.data.embeddings import FORMATS, KIND, Format, embedding_key, text_key
 from sftk.data.image_captions import read_items
 from sftk.data.lmdb_layout import ABOUT, get_value, open_environment, prompt_key
 from sftk.data.lmdb_store import LatentStore
@@ -74,7 +74,9 @@ def embed_prompts(
             report(start, len(missing))
             part = missing[start : start + batch]
             rows = true_rows(embedder, [prompt for _, prompt in part])
-            put_values(environment, {key: _bytes(one, format, prompt) for (key, prompt), one in zip(part, rows, strict=True)})
+            values = {text_key(prompt): prompt.encode() for _, prompt in part}
+            values |= {key: _bytes(one, format, prompt) for (key, prompt), one in zip(part, rows, strict=True)}
+            put_values(environment, values)
     report(len(missing), len(missing))
     return Embedded(written=len(missing), there=len(given) - len(missing))
 

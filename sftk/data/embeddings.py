@@ -1,7 +1,7 @@
 """Prompt embeddings in an LMDB environment: computed once, read by every training process.
 
-A record's key is a hash of the prompt as it is encoded (cleaned); its value are the rows of the true length in a 16-bit format.
-Rows after them are zero and are not stored.
+`embedding_<hash>` holds the rows of a prompt's true length in a 16-bit format; rows after them are zero and are not stored.
+`prompt_<hash>` holds the prompt.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from sftk.data.lmdb_layout import ABOUT, get_value, open_environment
 from sftk.errors import DataError
-from sftk.models.text import clean_prompt, pad_rows
+from sftk.models.text import pad_rows
 
 Format = Literal["bf16", "fp16"]
 FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_EMBEDDING, _PROMPT = b"embedding_", b"prompt_"
 KIND = "prompt embeddings"
 """What such a store says that it is."""
 
@@ -85,6 +86,16 @@ class EmbeddingStore:
         bits = torch.from_numpy(np.frombuffer(value, dtype="<i2").astype(np.int16))
         return pad_rows(bits.view(FORMATS[self.format]).reshape(-1, width), length)
 
+    def prompts(self) -> dict[str, int]:
+        """The prompts, and how many rows each has."""
+        rows, width = {}, self.shape[1]
+        with open_environment(self.path).begin() as transaction:
+            for key, value in transaction.cursor():
+                if key.startswith(_PROMPT):
+                    embedding = get_value(transaction, _EMBEDDING + key.removeprefix(_PROMPT), self.path)
+                    rows[value.decode()] = len(embedding or b"") // (2 * width)
+        return rows
+
     def _value(self, prompt: str) -> bytes | None:
         with open_environment(self.path).begin() as transaction:
             return get_value(transaction, embedding_key(prompt), self.path)
@@ -97,4 +108,14 @@ def embedding_key(prompt: str) -> bytes:
         >>> embedding_key(" a  fox ") == embedding_key("a fox") and len(embedding_key("a fox"))
         74
     """
-    return b"embedding_" + hashlib.sha256(clean_prompt(prompt).encode()).hexdigest().encode()
+    return _EMBEDDING + _hash(prompt)
+
+
+def text_key(prompt: str) -> bytes:
+    """Key of a prompt's text."""
+    return _PROMPT + _hash(prompt)
+
+
+def _hash(prompt: str) -> bytes:
+    # White space alone: how else a prompt is cleaned depends on what is installed.
+    return hashlib.sha256(" ".join(prompt.split()).encode()).hexdigest().encode()

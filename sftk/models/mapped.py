@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sftk.errors import CheckpointError, SftkError
 
 _LISTED = 12
+_ZIP = b"PK"
 
 
 def import_extra(module: str, purpose: str) -> Any:
@@ -36,6 +37,15 @@ def import_extra(module: str, purpose: str) -> Any:
         raise SftkError(f"{purpose} needs the package {package!r}; install it with `pip install 'sftk[wan]'`") from error
 
 
+def map_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file, or of a `.pth` file that holds one state dict, mapped from the disk.
+
+    Raises:
+        CheckpointError: see `map_safetensors` and `map_pickle`.
+    """
+    return map_safetensors(path) if path.suffix == ".safetensors" else map_pickle(path)
+
+
 def map_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.pth` file that holds one state dict, mapped from the disk. No code in the file is run.
 
@@ -45,11 +55,15 @@ def map_pickle(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"no weight file {path}")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with path.open("rb") as file:
+            archive = file.read(len(_ZIP)) == _ZIP
+        # What PyTorch wrote before 1.6 cannot be mapped.
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} holds more than tensors; it is not loaded, since that runs code in it") from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a whole PyTorch file; download it again: {_first_line(error)}") from error
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} is not a whole PyTorch file; download it again: {reason}") from error
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise CheckpointError(f"{path} holds {type(found).__name__}, not a state dict; expected tensors by name")
     return found
@@ -148,7 +162,3 @@ def assign_weights(module: nn.Module, found: Mapping[str, Tensor], where: Path) 
         shown = sorted(lines)[:_LISTED] + ([f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else [])
         raise CheckpointError(f"{where} does not fit the model:\n  " + "\n  ".join(shown))
     module.load_state_dict(dict(found), assign=True)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sftk.errors import CheckpointError
-from sftk.models.mapped import assign_weights, import_extra, map_folder, map_pickle, read_json
+from sftk.models.mapped import assign_weights, import_extra, map_file, map_folder, read_json
 from sftk.models.text_keys import encoder_config, to_transformers
 
 WAN_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -28,10 +29,14 @@ def clean_prompt(text: str) -> str:
         >>> clean_prompt("  a fox &amp;amp;\\n  a hare ")
         'a fox & a hare'
     """
-    if importlib.util.find_spec("ftfy") is not None:
-        text = import_extra("ftfy", "mending text").fix_text(text)
     # Twice, since captions from the web are often escaped twice.
-    return " ".join(html.unescape(html.unescape(text)).split())
+    return " ".join(html.unescape(html.unescape(_mend()(text))).split())
+
+
+@functools.cache
+def _mend() -> Callable[[str], str]:
+    """What mends wrongly decoded text: ftfy where it is installed, else nothing."""
+    return str if importlib.util.find_spec("ftfy") is None else importlib.import_module("ftfy").fix_text
 
 
 @attrs.frozen(eq=False)
@@ -131,7 +136,7 @@ def load_text_encoder(
     place = _find_encoder(path)
     words = _load_tokenizer(library, _find_tokenizer(path, place, tokenizer))
     if place.is_file():
-        weights = map_pickle(place)
+        weights = map_file(place)
         config = library.UMT5Config(**encoder_config(weights, place))
         weights = to_transformers(weights)
     else:

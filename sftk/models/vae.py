@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sftk.errors import CheckpointError, ShapeError
-from sftk.models.mapped import assign_weights, import_extra, map_folder, map_pickle, read_json
+from sftk.models.mapped import assign_weights, import_extra, map_file, map_folder, read_json
 from sftk.models.vae_keys import to_diffusers, vae_config
 from sftk.models.vae_tiles import WHOLE, Tiles, join_tiles, split_tiles
 
@@ -119,7 +119,7 @@ def load_vae(
     library = import_extra("diffusers", "the VAE")
     place = find_vae(Path(path))
     if place.is_file():
-        weights = map_pickle(place)
+        weights = map_file(place)
         config = vae_config(weights, place)
         weights = to_diffusers(weights, config)
     else:
@@ -130,9 +130,8 @@ def load_vae(
         weights = map_folder(place, "diffusion_pytorch_model")
     with torch.device("meta"):
         module: nn.Module = library.AutoencoderKLWan.from_config(config)
-    assign_weights(module, weights, place)
-    module = module.to(device, dtype).requires_grad_(False).eval()
-    return WanVae(module, tiles, slicing)
+    assign_weights(module, {name: tensor.to(device, dtype) for name, tensor in weights.items()}, place)
+    return WanVae(module.requires_grad_(False).eval(), tiles, slicing)
 
 
 def find_vae(path: Path) -> Path:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sftk.data.choices import Choice
 from sftk.data.codecs import make_codec
+from sftk.data.embeddings import KIND, EmbeddingStore
 from sftk.data.image_captions import load_image, read_items
-from sftk.data.lmdb_layout import read_about
+from sftk.data.lmdb_layout import is_environment, read_about
 from sftk.data.lmdb_store import LatentStore
 from sftk.data.prompts import read_prompts
 from sftk.runtime.media import contact_sheet
@@ -33,7 +34,7 @@ def inspect_data(path: Path, sheet: Path, *, codec: Choice | None = None, rows: 
     """Describes data on disk.
 
     Args:
-        path: a store, a prompt file, or an image folder or its metadata file.
+        path: a store of latents or of embeddings, a prompt file, or an image folder or its metadata file.
         sheet: where the contact sheet goes.
         codec: decodes latents; by default the one that the store was encoded with. Without any, the first three channels are
             shown as red, green and blue.
@@ -49,6 +50,8 @@ def inspect_data(path: Path, sheet: Path, *, codec: Choice | None = None, rows: 
         prompts = read_prompts(path)
         lines = (f"{path}: {len(prompts)} prompts", *_some(prompts, rows))
         return Inspection(lines=lines)
+    if is_environment(path) and read_about(path).get("kind") == KIND:
+        return _embeddings(EmbeddingStore.open(path), rows)
     return _store(LatentStore.open(path, skip_bad=skip_bad), sheet, codec, rows)
 
 
@@ -59,6 +62,21 @@ def _images(path: Path, sheet: Path, rows: int) -> Inspection:
     kinds = ", ".join(sorted({str(item.kind) for item in items}))
     lines = (f"{path}: {len(items)} captioned images ({kinds})", *_some([item.caption for item in items], rows))
     return Inspection(lines=lines, sheet=contact_sheet(sheet, pictures))
+
+
+def _embeddings(store: EmbeddingStore, rows: int) -> Inspection:
+    prompts = store.prompts()
+    size = (store.path / "data.mdb").stat().st_size
+    mean = sum(prompts.values()) / max(1, len(prompts))
+    about = {key: value for key, value in read_about(store.path).items() if key in ("use", "with")}
+    return Inspection(
+        lines=(
+            f"{store.path}: {len(prompts)} prompt embeddings of up to {store.shape[0]} x {store.shape[1]}, {store.format}, "
+            f"{mean:.1f} rows on average, {size / 1e6:.1f} MB",
+            *(f"{key}: {value}" for key, value in about.items()),
+            *_some(sorted(prompts), rows),
+        )
+    )
 
 
 def _store(store: LatentStore, sheet: Path, codec: Choice | None, rows: int) -> Inspection:

@@ -32,7 +32,7 @@ def write_video(path, count=21):
         container.mux(stream.encode())
 
 
-def test_the_commands_of_the_documentation(tmp_path, monkeypatch):
+def test_the_commands_of_the_documentation(tmp_path, monkeypatch, text_folders):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "videos").mkdir()
     for digit in range(3):
@@ -40,7 +40,12 @@ def test_the_commands_of_the_documentation(tmp_path, monkeypatch):
         (tmp_path / "videos" / f"{digit}.txt").write_text(f"a {digit} moving left")
     page = (package_root() / "docs" / "data.md").read_text(encoding="utf-8")
     commands = [line for block in re.findall(r"^```sh\n(.*?)^```$", page, re.M | re.S) for line in block.splitlines()]
-    assert [command.split()[2] for command in commands] == ["encode", "inspect"]
+    assert [command.split()[2] for command in commands] == ["encode", "inspect", "embed"]
+    # The small encoder in the place of the real one.
+    (tmp_path / "wan_models").mkdir()
+    (tmp_path / "wan_models" / "Wan2.1-T2V-1.3B").symlink_to(text_folders / "wan")
+    (tmp_path / "prompts.txt").write_text("a red fox\na hare\n")
+    commands[2] = commands[2].replace("}}", ", text_len: 24, text_dim: 16}}")
     outputs = []
     for command in commands:
         result = invoke(*shlex.split(command)[1:])
@@ -50,6 +55,7 @@ def test_the_commands_of_the_documentation(tmp_path, monkeypatch):
     assert "data/clips: 3 records in 1 environment" in outputs[1]
     assert "latents [21, 4, 8, 8]" in outputs[1]
     assert "  1: a 1 moving left" in outputs[1]
+    assert "data/embeds: 3 prompts embedded, 0 were there already" in outputs[2]
     with Image.open(tmp_path / "data" / "clips.png") as sheet:
         assert sheet.size[0] > 11 * 64
         assert sheet.size[1] > 3 * 64

@@ -57,6 +57,13 @@ def test_only_the_true_rows_are_stored(umt5, tmp_path):
     assert sorted(sizes) == sorted(2 * 16 * length for length in lengths)
 
 
+def test_a_prompt_without_rows_is_zero(tmp_path):
+    """The embedded task's unconditional embedding is zero: no row of it is stored."""
+    embed_prompts([""], tmp_path / "store", "digits")
+    assert EmbeddingStore.open(tmp_path / "store").prompts() == {"": 0}
+    assert torch.equal(EmbeddingStore.open(tmp_path / "store")[""], torch.zeros(4, 32))
+
+
 def test_prompts_are_added_and_never_embedded_twice(umt5, tmp_path):
     assert embed_prompts(PROMPTS[:1], tmp_path / "store", umt5).written == 1
     twice = (*PROMPTS, "  a  red\tfox ", PROMPTS[2])  # white space is cleaned before
@@ -161,6 +168,10 @@ def test_the_command(umt5, tmp_path):
     assert "4 prompts embedded, 0 were there already" in result.output
     store = EmbeddingStore.open(tmp_path / "store")
     assert all(prompt in store for prompt in ("", "the snow", *PROMPTS[:2]))
+    shown = CliRunner().invoke(main, ["data", "inspect", str(tmp_path / "store")]).output
+    rows = sum(len(one) for one in make_embedder(umt5).rows(["", "the snow", *PROMPTS[:2]]))
+    assert f"4 prompt embeddings of up to 24 x 16, bf16, {rows / 4:.1f} rows on average" in shown
+    assert "a red fox" in shown
     again = CliRunner().invoke(main, arguments)
     assert "0 prompts embedded, 3 were there already" in again.output
     nowhere = "{use: umt5, with: {path: nowhere, device: cpu}}"

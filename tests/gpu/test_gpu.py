@@ -9,6 +9,8 @@ from sftk.functional.attention import attention, attention_mask, available_backe
 from sftk.functional.keys import Key
 from sftk.functional.layout import Layout
 from sftk.models import WanConfig, WanModel
+from sftk.models.text import load_text_encoder
+from sftk.models.vae import WanVae, decode, decode_block
 from sftk.runtime.parallelize import parallelize
 from sftk.runtime.run import run_recipe
 
@@ -110,3 +112,27 @@ def test_half_precision_and_checkpointing_run(tmp_path):
     options = [*OPTIONS, "train.steps=2", "precision=bf16", "compile=false", "models.generator.checkpoint=full"]
     run_recipe("recipes/dmd.yaml", options, run_dir=tmp_path)
     assert all(value == value for value in losses(tmp_path).values())
+
+
+def test_the_vae_streams_on_the_device(monkeypatch):
+    """Float32 without TensorFloat32: blocks give the whole decode, and the CPU's frames."""
+    diffusers = pytest.importorskip("diffusers")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.manual_seed(0)
+    module = diffusers.AutoencoderKLWan(base_dim=16).requires_grad_(False).eval()
+    latents = torch.randn(1, 7, 16, 4, 6)
+    on_cpu = decode(WanVae(module), latents)
+    vae, state, frames = WanVae(module.cuda()), None, []
+    for block in latents.split([1, 3, 3], dim=1):
+        pictures, state = decode_block(vae, block, state)
+        frames.append(pictures)
+    torch.testing.assert_close(torch.cat(frames, dim=1), decode(vae, latents), rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat(frames, dim=1), on_cpu, rtol=0, atol=1e-4)
+
+
+def test_an_offloaded_text_encoder_leaves_nothing_on_the_device(text_folders):
+    kept = load_text_encoder(text_folders / "wan", tokens=24, device="cuda")
+    offloaded = load_text_encoder(text_folders / "wan", tokens=24, device="cuda", offload=True)
+    torch.testing.assert_close(offloaded(["a red fox"]), kept(["a red fox"]), rtol=0, atol=0)
+    assert {parameter.device.type for parameter in offloaded.module.parameters()} == {"cpu"}
+    assert {parameter.device.type for parameter in kept.module.parameters()} == {"cuda"}

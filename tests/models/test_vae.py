@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from sftk.errors import CheckpointError, ShapeError
 from sftk.models.vae import Tiles, WanVae, decode, decode_block, encode, load_vae
@@ -168,7 +169,9 @@ def test_wans_own_file_gives_the_same_vae(version, tmp_path):
     assert list(back) == list(module.state_dict())
     file = tmp_path / f"Wan{version}_VAE.pth"
     torch.save(original, file)
-    for path in (file, tmp_path):
+    save_file(original, tmp_path / "vae.safetensors")
+    torch.save(original, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for path in (file, tmp_path, tmp_path / "vae.safetensors", tmp_path / "old.pth"):
         vae = load_vae(path)
         for name, tensor in module.state_dict().items():
             assert torch.equal(vae.module.state_dict()[name], tensor)
