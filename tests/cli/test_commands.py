@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import attrs
 import av
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sftk
 from sftk.cli import main
+from sftk.models import preset
 from sftk.spec.recipe import load_recipe
 
 SMALL = (
@@ -208,6 +212,63 @@ def test_export(finished, tmp_path):
     assert critic.exit_code == 0
     wanted = load_file(run / "checkpoints" / "dmd" / "step_00000002" / "fake_score.safetensors")
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in load_file(tmp_path / "critic.safetensors").items())
+
+
+def test_export_the_last_weights_and_other_weights(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    saved = run / "checkpoints" / "dmd" / "step_00000002"
+    last = load_file(saved / "generator.safetensors")
+    average = {name: tensor * 2 for name, tensor in last.items()}
+    save_file(average, saved / "generator.ema.safetensors", metadata={"config": json.dumps(attrs.asdict(preset("digits")))})
+    for name, options, wanted in (("last", ("--last",), last), ("average", (), average)):
+        assert invoke("export", run, tmp_path / f"{name}.safetensors", *options).exit_code == 0
+        found = load_file(tmp_path / f"{name}.safetensors")
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    refused = invoke("export", run, tmp_path / "out", "--format", "diffusers")
+    assert refused.exit_code == 1
+    assert "the diffusers format has no place for rope_base 100; take --format sftk" in refused.output
+    one = invoke("export", saved / "generator.safetensors", tmp_path / "x", "--role", "generator")
+    assert "is no run or checkpoint, so it has no role 'generator'" in one.output
+
+
+def test_export_from_one_format_to_another(make_model, tmp_path):
+    from sftk.models.formats import open_weights
+
+    model = make_model(torch.float32, dim=256, num_heads=2, text_len=512)
+    torch.save({"generator_ema": {f"model.{name}": value for name, value in model.state_dict().items()}}, tmp_path / "m.pt")
+    result = invoke(
+        "export", f"{tmp_path / 'm.pt'}:generator_ema", tmp_path / "hf", "--format", "diffusers", "--shard-size", 0.002
+    )
+    assert result.exit_code == 0, result.output
+    assert "in the diffusers format as it is" in result.output
+    result = invoke("export", tmp_path / "hf", tmp_path / "wan", "--format", "original", "--dtype", "bf16")
+    assert result.exit_code == 0, result.output
+    source = open_weights(tmp_path / "wan")
+    assert source.config() == model.config
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name].bfloat16()) for name, value in source.tensors())
+
+
+def test_sample_with_weights_of_another_place(finished, tmp_path):
+    run, _ = finished
+    saved = run / "checkpoints" / "dmd" / "step_00000002"
+    state = load_file(saved / "generator.ema.safetensors")
+    torch.save({"generator_ema": {f"model.{name}": value for name, value in state.items()}}, tmp_path / "m.pt")
+    prompt = ("--prompt", "a 3 moving left", "--frames", 3)
+    for name, start in (
+        ("run", (run,)),
+        ("weights", (run, "--weights", tmp_path / "m.pt")),
+        ("recipe", ("recipes/dmd.yaml", "--weights", f"{tmp_path / 'm.pt'}:generator_ema")),
+        ("teacher", (run, "--weights", Path(sftk.__file__).parent / "assets" / "digits" / "teacher.safetensors")),
+    ):
+        result = invoke("sample", *start, *prompt, "--out", tmp_path / f"{name}.png")
+        assert result.exit_code == 0, result.output
+    videos = {name: (tmp_path / f"{name}.png").read_bytes() for name in ("run", "weights", "recipe", "teacher")}
+    assert videos["run"] == videos["weights"] == videos["recipe"]
+    assert videos["run"] != videos["teacher"]
+    result = invoke("sample", run, *prompt, "--weights", f"{tmp_path / 'm.pt'}:critic", "--out", tmp_path / "x.png")
+    assert "has no entry 'critic' of tensors, but the entries generator_ema" in result.output
 
 
 def test_without_an_evaluation(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from sftk.models.wan import WanModel
 from sftk.models.weights import read_config
 from sftk.runtime.inference import load_student
 from sftk.runtime.loader import make_loader
-from sftk.runtime.ode_pairs import make_pairs, pair_job
+from sftk.runtime.ode_pairs import file_digest, make_pairs, pair_job
 from sftk.runtime.port import Port
 from sftk.runtime.prepare import prepare_recipe
 from sftk.runtime.run import run_recipe
@@ -294,3 +294,17 @@ def test_a_run_makes_its_pairs_first_and_lists_what_it_leaves_out(recipe, tmp_pa
     assert "all 6 ODE pairs are there" in said
     assert "shard_00001, record 0: the key prompts_0_data is missing" in said
     assert "1 left out of the data" in said
+
+
+def test_weights_are_told_apart_by_folder_and_entry(tmp_path):
+    folder = tmp_path / "wan"
+    folder.mkdir()
+    file = folder / "diffusion_pytorch_model-00001-of-00001.safetensors"
+    file.write_bytes(b"a")
+    first = file_digest(str(folder))
+    assert first.startswith("wan ")
+    file.write_bytes(b"b")
+    assert file_digest(str(folder)) != first
+    (tmp_path / "m.pt").write_bytes(b"a")
+    whole, one, other = (file_digest(f"{tmp_path / 'm.pt'}{entry}") for entry in ("", ":generator", ":critic"))
+    assert len({whole, one, other}) == 3
