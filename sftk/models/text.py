@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from sftk.errors import CheckpointError
-from sftk.models.mapped import assign_weights, import_extra, map_file, map_folder, read_json
+from sftk.models.mapped import assign_weights, import_extra, map_file, map_folder
 from sftk.models.text_keys import encoder_config, to_transformers
+from sftk.models.weight_folders import read_json
 
 WAN_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 WAN_TOKENIZER = "google/umt5-xxl"

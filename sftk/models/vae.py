@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from sftk.errors import CheckpointError, ShapeError
-from sftk.models.mapped import assign_weights, import_extra, map_file, map_folder, read_json
+from sftk.models.mapped import assign_weights, import_extra, map_file, map_folder
 from sftk.models.vae_keys import to_diffusers, vae_config
 from sftk.models.vae_tiles import WHOLE, Tiles, join_tiles, split_tiles
+from sftk.models.weight_folders import read_json
 
 WAN_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 Caches = tuple[Any, ...]

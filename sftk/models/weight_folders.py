@@ -39,19 +39,22 @@ def transformer_folder(path: Path) -> Path:
     raise CheckpointError(f"{path} holds no {STEM}*.safetensors, only {shown or 'nothing'}; {hint}")
 
 
-def read_folder(folder: Path) -> dict[str, Stored]:
+def read_folder(folder: Path, stem: str = STEM) -> dict[str, Stored]:
     """The tensors of a folder, by the names that they have there, shard by shard.
+
+    Args:
+        stem: how the files' names begin.
 
     Raises:
         CheckpointError: a file is missing or broken, or the index and the shards disagree; the message names file and key.
     """
-    index = _one(folder, sorted(folder.glob(f"{STEM}*.index.json")))
+    index = _one(folder, sorted(folder.glob(f"{stem}*.index.json")), stem)
     if index is not None:
         return _indexed(folder, index)
-    files = sorted(folder.glob(f"{STEM}*.safetensors"))
+    files = sorted(folder.glob(f"{stem}*.safetensors"))
     matches = [match for match in (_SHARD.fullmatch(file.name) for file in files) if match]
     if not matches:
-        only = _one(folder, files)
+        only = _one(folder, files, stem)
         assert only is not None
         return read_safetensors(only)[0]
     counts = {(match[1], match[3]) for match in matches}
@@ -77,11 +80,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _one(folder: Path, files: list[Path]) -> Path | None:
+def _one(folder: Path, files: list[Path], stem: str) -> Path | None:
     """The only file, or the one without a variant in its name."""
     if len(files) < 2:
         return files[0] if files else None
-    plain = [file for file in files if file.name in (f"{STEM}.safetensors", f"{STEM}.safetensors.index.json")]
+    plain = [file for file in files if file.name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json")]
     if plain:
         return plain[0]
     raise CheckpointError(f"{folder} holds several sets of weights: {', '.join(f.name for f in files)}; name one file")
