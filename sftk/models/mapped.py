@@ -1,4 +1,4 @@
-"""Weights of the text encoder and of the VAE: mapped from the disk as a whole, and made a module's parameters without a copy."""
+"""Weights of the text encoder and of the VAE: mapped from the disk, and made a module's parameters without a copy."""
 
 from __future__ import annotations
 
