@@ -10,8 +10,10 @@ import click
 import sftk
 from sftk.cli.check import check
 from sftk.cli.data import data
+from sftk.cli.doctor import doctor
 from sftk.cli.export import export
 from sftk.cli.fetch import fetch
+from sftk.cli.plan import plan
 from sftk.cli.run import run
 from sftk.cli.sample import sample
 from sftk.cli.show import show
@@ -49,5 +51,5 @@ def main() -> None:
     """Distil a video diffusion teacher into a fast, causal, streaming student."""
 
 
-for command in (run, check, show, sample, export, data, fetch):
+for command in (run, check, show, sample, export, data, fetch, plan, doctor):
     main.add_command(command)

@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from sftk.errors import ShapeError, SpecError
 from sftk.functional.layout import Layout, flex_mask, token_mask
+from sftk.functional.meta_attention import SeenPairs, meta_attention
 
 Backend = Literal["auto", "sdpa", "math", "flex", "flash"]
 
@@ -45,6 +46,8 @@ def attention_mask(layout: Layout | None, tokens_per_frame: int, device: torch.d
     if layout is None:
         return None
     backend = "math" if _exact else backend
+    if device.type == "meta" and backend != "math":
+        return SeenPairs(int(layout.frame_mask().sum()) * tokens_per_frame**2)
     if backend == "flash":
         raise SpecError("the attention backend 'flash' takes no layout; use 'flex' for block-causal and teacher-forcing passes")
     if backend == "flex" or (backend == "auto" and device.type == "cuda"):
@@ -77,6 +80,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Ba
     if q.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ShapeError(f"attention takes [B, L, H, D]; found q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}")
     backend = "math" if _exact else backend
+    if q.is_meta and backend != "math":
+        return meta_attention(q, k, v, mask)
     if backend == "flash":
         if mask is not None or not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
             found = f"{q.dtype} on {q.device.type}{'' if mask is None else ' with a mask'}"

@@ -49,7 +49,7 @@ def check_shapes(stage: Stage) -> list[PhaseShapes]:
         sizes[role] = sum(p.numel() for p in models[role].parameters())
         repeat_first_block(models[role])
     dtype = torch.bfloat16 if recipe.precision == "bf16" else None
-    batch = _meta_batch(stage)
+    batch = meta_batch(stage)
     outputs: dict[str, dict[str, Any]] = {}
     found = []
     for index, phase in enumerate(recipe.phases):
@@ -114,7 +114,8 @@ def repeat_first_block(model: nn.Module) -> None:
             blocks[index] = repeated
 
 
-def _meta_batch(stage: Stage) -> dict[str, Any]:
+def meta_batch(stage: Stage) -> dict[str, Any]:
+    """A micro-batch of a stage on meta tensors, with the runner's noise and key."""
     recipe = stage.recipe
     size = recipe.batch.per_rank or recipe.batch.global_
     data = source(recipe.data.use)

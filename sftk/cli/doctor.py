@@ -1,0 +1,26 @@
+"""`sftk doctor`."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from sftk.runtime.doctor import examine
+from sftk.spec.recipe import load_recipe
+
+
+@click.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+def doctor(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Say what RECIPE needs and what of it this machine has. The exit code is 1 when something is missing."""
+    missing = 0
+    for stage in load_recipe(recipe, overrides):
+        click.echo(f"{stage.name}:")
+        for finding in examine(stage):
+            missing += finding.kind == "missing"
+            click.echo(f"  {finding.kind:8}{finding.text}")
+    if missing:
+        click.echo(f"{missing} missing")
+        sys.exit(1)

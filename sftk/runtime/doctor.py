@@ -1,0 +1,99 @@
+"""What of a recipe is there: files, libraries, GPUs, attention backends, memory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import attrs
+import torch
+
+from sftk.functional.attention import available_backends
+from sftk.runtime.plan import plan_stage
+from sftk.runtime.plan_layout import GIB
+from sftk.spec.fetch import NamedFile, recipe_files
+from sftk.spec.recipe import Stage
+
+LIBRARIES = ("torch", "tensordict", "safetensors", "lmdb", "av", "transformers", "diffusers", "torchao", "huggingface_hub")
+"""What runs use; the last four only where a recipe asks for it."""
+
+
+@attrs.frozen(kw_only=True)
+class Finding:
+    """One line of a diagnosis: `ok`, `note` (known, not in the way) or `missing` (a run would stop there)."""
+
+    kind: Literal["ok", "note", "missing"]
+    text: str
+
+
+def examine(stage: Stage) -> Iterator[Finding]:
+    """Looks at what a stage needs on this machine.
+
+    Args:
+        stage: from `load_recipe`.
+
+    Example:
+        >>> from sftk.spec.recipe import load_recipe
+        >>> found = list(examine(load_recipe("recipes/digits/df.yaml")[0]))
+        >>> [finding.kind for finding in found if "assets/digits/teacher" in finding.text]
+        ['ok']
+    """
+    for file in recipe_files(stage):
+        yield _file(file, stage)
+    yield Finding(kind="ok", text=_libraries())
+    yield from _devices(stage)
+
+
+def _file(file: NamedFile, stage: Stage) -> Finding:
+    users = ", ".join(file.used_by)
+    if file.path is None:
+        repo = stage.recipe.fetch[file.folder or file.name].repo
+        return Finding(kind="missing", text=f"{file.name} ({users}): not here; sftk fetch brings it from {repo}")
+    size = _size(file.path)
+    if size == 0:
+        return Finding(kind="missing", text=f"{file.name} ({users}): {file.path} is empty; download it again")
+    return Finding(kind="ok", text=f"{file.name} ({users}): {size / GIB:.3f} GiB")
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _libraries() -> str:
+    versions = []
+    for name in LIBRARIES:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"{name} not installed")
+    return "libraries: " + ", ".join(versions)
+
+
+def _devices(stage: Stage) -> Iterator[Finding]:
+    plan = plan_stage(attrs.evolve(stage, recipe=attrs.evolve(stage.recipe, batch=_one_pass(stage))), gpu_name="h100")
+    needed = f"memory: one rank needs about {plan.peak / GIB:.1f} GiB"
+    if not torch.cuda.is_available():
+        reason = "this build of torch has no CUDA" if torch.version.cuda is None else "no CUDA device is visible"
+        yield Finding(kind="missing" if stage.recipe.device == "cuda" else "note", text=f"CUDA: {reason}")
+        yield Finding(kind="note", text=f"{needed} on a GPU; sftk plan says how it is made up")
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        yield Finding(kind="ok", text=f"GPU {index}: {name}, {total / GIB:.1f} GiB, CUDA {torch.version.cuda}")
+        fits = plan.peak <= free
+        text = f"{needed}, GPU {index} has {free / GIB:.1f} GiB free" + ("" if fits else "; sftk plan says what would help")
+        yield Finding(kind="ok" if fits else "missing", text=text)
+    backends = available_backends()
+    yield Finding(kind="ok", text="attention: " + ", ".join(backends))
+    for role, model in stage.recipe.models.items():
+        if model.backend != "auto" and model.backend not in backends:
+            yield Finding(kind="missing", text=f"attention: {role} asks for {model.backend!r}; pip install 'sftk[flash]'")
+
+
+def _one_pass(stage: Stage):
+    batch = stage.recipe.batch
+    return attrs.evolve(batch, global_=batch.per_rank or batch.global_)

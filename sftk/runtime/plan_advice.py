@@ -1,0 +1,94 @@
+"""What would make a plan fit."""
+
+from __future__ import annotations
+
+import attrs
+
+from sftk.runtime.plan_layout import GIB, Plan, Sharding, arrange
+from sftk.runtime.plan_pass import StagePass, pass_stage
+from sftk.runtime.plan_rates import gpu
+from sftk.spec.recipe import Stage
+
+MOST = (2, 4, 8, 16, 32, 64)
+"""Numbers of GPUs that are tried."""
+WORTH = 0.05
+"""Share of the peak from which a context is worth a remark."""
+
+
+@attrs.frozen(kw_only=True)
+class Change:
+    """A change of settings: roles to checkpoint or to hold in bf16, an 8-bit optimiser, GPUs to shard over."""
+
+    text: str = ""
+    checkpoint: tuple[str, ...] = ()
+    half: tuple[str, ...] = ()
+    eight_bit: bool = False
+    gpus: int = 0
+
+
+@attrs.define
+class _Trials:
+    """Peaks of a stage with changes: what the changes leave alone is not measured again."""
+
+    stage: Stage
+    plan: Plan
+    node: int
+    measured: dict[tuple[tuple[str, ...], tuple[str, ...]], StagePass]
+
+    def peak(self, change: Change) -> float:
+        recipe, kind = self.stage.recipe, (change.checkpoint, change.half)
+        models = dict(recipe.models)
+        for role in change.checkpoint:
+            models[role] = attrs.evolve(models[role], checkpoint="full")
+        for role in change.half:
+            models[role] = attrs.evolve(models[role], dtype="bf16")
+        tried = attrs.evolve(self.stage, recipe=attrs.evolve(recipe, models=models))
+        if kind not in self.measured:
+            self.measured[kind] = pass_stage(tried)
+        gpus, sharding = max(change.gpus, self.plan.gpus), _sharding(change, self.plan)
+        device, bits = gpu(self.plan.gpu), change.eight_bit or self.plan.eight_bit
+        return arrange(tried, self.measured[kind], gpus, device, self.plan.gpu, sharding, self.node, bits).peak
+
+
+def advise(stage: Stage, measured: StagePass, plan: Plan, node: int) -> tuple[str, ...]:
+    """What would make a plan fit: each change alone, else all of them, else on more GPUs; and where a window would help.
+
+    Args:
+        stage: with the batch of one rank. measured: its pass. plan: does not fit.
+    """
+    recipe = stage.recipe
+    trained = {role for phase in recipe.phases for role in phase.roles}
+    backbones = {role: model for role, model in recipe.models.items() if model.size is not None}
+    wasteful = tuple(role for role, model in backbones.items() if role in trained and model.checkpoint == "none")
+    frozen = tuple(role for role, model in backbones.items() if role not in trained and model.dtype == "fp32")
+    options = []
+    if wasteful:
+        options.append(Change(text="checkpoint: full on " + ", ".join(wasteful), checkpoint=wasteful))
+    if frozen:
+        options.append(Change(text="dtype: bf16 on " + ", ".join(frozen), half=frozen))
+    if not plan.eight_bit:
+        options.append(Change(text="an 8-bit optimiser (--eight-bit)", eight_bit=True))
+    if plan.sharding == "replicate" and plan.gpus > 1:
+        options.append(Change(text=f"sharding over the {plan.gpus} GPUs (--sharding fsdp)", gpus=plan.gpus))
+    trials = _Trials(stage, plan, node, {((), ()): measured})
+    found = [f"{change.text} would make it fit" for change in options if trials.peak(change) <= plan.budget]
+    if not found:
+        together = " and ".join(change.text for change in options)
+        everything = Change(checkpoint=wasteful, half=frozen, eight_bit=True, gpus=max((c.gpus for c in options), default=0))
+        if len(options) > 1 and trials.peak(everything) <= plan.budget:
+            found.append(f"{together} together would make it fit")
+        else:
+            for gpus in MOST:
+                if gpus > plan.gpus and trials.peak(attrs.evolve(everything, gpus=gpus)) <= plan.budget:
+                    with_it = f", with {together}," if together else ""
+                    found.append(f"sharding over {gpus} GPUs (--gpus {gpus} --sharding fsdp){with_it} would make it fit")
+                    break
+    largest = max(plan.phases, key=lambda phase: phase.peak)
+    section = next(phase for phase in recipe.phases if phase.name == largest.name)
+    if section.with_.get("window") is None and largest.caches > WORTH * largest.peak:
+        found.append(f"a `window` in the phase {largest.name} would shrink its context, at most {largest.caches / GIB:.1f} GiB")
+    return tuple(found) or (f"no number of these GPUs up to {MOST[-1]} holds it; take a larger GPU or fewer frames",)
+
+
+def _sharding(change: Change, plan: Plan) -> Sharding:
+    return "fsdp" if change.gpus else plan.sharding

@@ -1,0 +1,165 @@
+"""Watches a pass over meta tensors: bytes alive and their peak, floating-point operations, bytes moved."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from sftk.functional.meta_attention import BACKWARD_OP, FORWARD_OP, attention_flops
+
+
+@attrs.define
+class Work:
+    """What a pass computes.
+
+    Args:
+        gemm: floating-point operations of matrix products and convolutions.
+        attention, attention_backward: of attention.
+        moved: bytes that all other operations read and write, each tensor once an operation.
+    """
+
+    gemm: float = 0.0
+    attention: float = 0.0
+    attention_backward: float = 0.0
+    moved: float = 0.0
+
+    def add(self, other: Work, times: float = 1.0) -> None:
+        """Adds other work, `times` over."""
+        for field in attrs.fields(Work):
+            setattr(self, field.name, getattr(self, field.name) + times * getattr(other, field.name))
+
+    @property
+    def flops(self) -> float:
+        """All floating-point operations."""
+        return self.gemm + self.attention + self.attention_backward
+
+
+class Trace(TorchDispatchMode):
+    """Watches what runs inside it. Gradients of parameters are counted apart, by `gradient`, since sharding divides them.
+
+    Attributes:
+        live: bytes of tensors that were made inside and are alive. peaks: bytes of gradients to the most bytes alive with them.
+        work: see `Work`. casts: copies of weights in half precision that autocast keeps during a call, by weight.
+        caching: whether a call of a model is open.
+
+    Example:
+        >>> with Trace() as trace:
+        ...     x = torch.empty(4, 8, device="meta")
+        ...     y = x @ x.T
+        ...     del x
+        >>> trace.live, trace.peaks, trace.work.gemm
+        (64, {0: 192}, 256.0)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peaks, self.work = 0, {0: 0}, Work()
+        self.casts: dict[int, Tensor] = {}
+        self.caching, self.paused = False, False
+        self.seen: dict[int, Any] = {}
+        self.gradients: dict[int, int] = {}
+        self.gradient_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not self.paused:
+            self._count(func, args, kwargs or {}, out)
+        return out
+
+    def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        results = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_meta]
+        if not results:
+            return
+        made = [self.track(t) for t in results]
+        name = func._schema.name
+        if name == FORWARD_OP:
+            self.work.attention += attention_flops(name, args)
+        elif name == BACKWARD_OP:
+            self.work.attention_backward += attention_flops(name, args)
+        elif func._overloadpacket in flop_registry:
+            self.work.gemm += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        elif any(made) or name.rstrip("_") != name or name.startswith("aten::_foreach"):
+            read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_meta]
+            self.work.moved += sum(t.numel() * t.element_size() for t in (*read, *results))
+
+    def track(self, tensor: Tensor) -> bool:
+        """Counts a tensor's memory for as long as it is alive; returns whether it was new."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen:
+            return False
+
+        def gone(_: Any) -> None:
+            del self.seen[key]
+            self.live -= size
+
+        self.seen[key] = weakref.ref(storage, gone)
+        self.live += size
+        self.spike(0)
+        return True
+
+    def spike(self, size: int) -> None:
+        """Notes that `size` more bytes were alive for a moment."""
+        self.peaks[self.gradient_bytes] = max(self.peaks.get(self.gradient_bytes, 0), self.live + size)
+
+    def gradient(self, key: int, size: int) -> None:
+        """Notes that a parameter has a gradient from here on."""
+        if key not in self.gradients:
+            self.gradients[key] = size
+            self.gradient_bytes += size
+            self.spike(0)
+
+    def peak(self, share: float = 1.0) -> float:
+        """Most bytes alive, with that share of the parameters' gradients (1 over the number of shards)."""
+        return max(alive + share * gradients for gradients, alive in self.peaks.items())
+
+
+class HalfPrecision(TorchFunctionMode):
+    """What autocast does to the backbone on CUDA: linear layers in `dtype`, layer norms in float32.
+
+    PyTorch has no autocast for meta tensors. As there, copies of weights that require grad live until the model's call ends.
+
+    Args:
+        trace: `trace()` gives the one that holds these copies.
+    """
+
+    def __init__(self, dtype: torch.dtype, trace: Callable[[], Trace]):
+        super().__init__()
+        self.dtype, self.trace = dtype, trace
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            args, kwargs = tuple(map(self._half, args)), {key: self._half(value) for key, value in kwargs.items()}
+        elif func is torch.nn.functional.layer_norm and isinstance(args[0], Tensor) and args[0].dtype == self.dtype:
+            args = (args[0].float(), *args[1:])
+        return func(*args, **kwargs)
+
+    def around(self, module: nn.Module) -> None:
+        """Enters this mode in each call of a module: a recomputation in the backward pass runs outside of it."""
+        forward = module.forward
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return forward(*args, **kwargs)
+
+        module.forward = call
+
+    def _half(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype != torch.float32 or not value.is_meta:
+            return value
+        trace = self.trace()
+        if not (trace.caching and value.requires_grad and value.is_leaf):
+            return value.to(self.dtype)
+        if id(value) not in trace.casts:
+            trace.casts[id(value)] = value.to(self.dtype)
+        return trace.casts[id(value)]
