@@ -54,7 +54,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"{plan.stage}: {plan.gpus} x {plan.gpu}, {plan.sharding}; {passes}"
     yield "  parameters: " + ", ".join(f"{role} {count / 1e6:.1f} M" for role, count in plan.parameters.items())
     yield f"  held by each rank: weights {_gib(plan.weights)}, optimiser {_gib(plan.optimizer)}, average {_gib(plan.ema)}"
-    table = [COLUMNS]
+    table: list[tuple[str, ...]] = [COLUMNS]
     for phase in plan.phases:
         memory = (phase.activations, phase.caches, phase.gradients, phase.peak)
         rates = f"{phase.tflop:.0f}", f"{phase.attention:.0%}", _gib(phase.communication), f"{phase.seconds:.2f}"

@@ -83,11 +83,13 @@ def advise(stage: Stage, measured: StagePass, plan: Plan, node: int) -> tuple[st
                     with_it = f", with {together}," if together else ""
                     found.append(f"sharding over {gpus} GPUs (--gpus {gpus} --sharding fsdp){with_it} would make it fit")
                     break
+            else:
+                found.append(f"no number of these GPUs up to {MOST[-1]} holds it; take a larger GPU or fewer frames")
     largest = max(plan.phases, key=lambda phase: phase.peak)
     section = next(phase for phase in recipe.phases if phase.name == largest.name)
     if section.with_.get("window") is None and largest.caches > WORTH * largest.peak:
         found.append(f"a `window` in the phase {largest.name} would shrink its context, at most {largest.caches / GIB:.1f} GiB")
-    return tuple(found) or (f"no number of these GPUs up to {MOST[-1]} holds it; take a larger GPU or fewer frames",)
+    return tuple(found)
 
 
 def _sharding(change: Change, plan: Plan) -> Sharding:

@@ -158,10 +158,10 @@ class _Repeat(torch.autograd.Function):
     def backward(ctx, *grads):
         module, cost = ctx.module, ctx.cost
         trace = module.active.trace
-        trace.spike(cost.backward_peak)
-        trace.work.add(cost.backward)
         if ctx.trains:
             trace.gradient(id(module), module.size)
+        trace.spike(cost.backward_peak)
+        trace.work.add(cost.backward)
         wanted = ctx.needs_input_grad[3:]
         found = [
             torch.empty(shape, dtype=dtype, device="meta") if need else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import attrs
 import pytest
 import torch
 from click.testing import CliRunner
@@ -88,7 +89,7 @@ def test_repeated_blocks_cost_what_all_blocks_cost(checkpoint):
     whole, repeated = traced(checkpoint, measured=False), traced(checkpoint)
     assert repeated.work.flops == whole.work.flops
     assert repeated.work.moved == pytest.approx(whole.work.moved, rel=0.05)
-    assert repeated.peak() == pytest.approx(whole.peak(), rel=0.05)
+    assert repeated.peak() == pytest.approx(whole.peak(), rel=0.1)
 
 
 def test_everything_is_freed_in_the_end():
@@ -151,6 +152,8 @@ def test_calls_are_the_mean_over_exit_steps(small):
 
 
 def test_sharding_divides_what_it_shards(small):
+    phases = tuple(attrs.evolve(phase, every=1) for phase in small.recipe.phases[1:])
+    small = attrs.evolve(small, recipe=attrs.evolve(small.recipe, phases=phases))
     whole = plan_stage(small, gpus=8, sharding="replicate")
     parts = plan_stage(small, gpus=8, sharding="fsdp")
     nodes = plan_stage(small, gpus=8, sharding="hsdp", node=4)
@@ -158,9 +161,9 @@ def test_sharding_divides_what_it_shards(small):
     assert whole.weights == 4 * count
     assert parts.weights == whole.weights / 8
     assert nodes.weights == whole.weights / 4
-    assert whole.optimizer == 8 * (whole.parameters["generator"] + whole.parameters["fake_score"])
+    assert whole.optimizer == 8 * whole.parameters["fake_score"]
     assert parts.optimizer == whole.optimizer / 8
-    trained = whole.parameters["generator"]
+    trained = whole.parameters["fake_score"]
     calls = pass_stage(small).phases[0].calls
     gathered = 2 * 7 / 8 * sum(calls[role] * parts.parameters[role] for role in calls)
     assert parts.phases[0].communication == pytest.approx(gathered + 7 / 8 * 4 * trained)
@@ -178,15 +181,25 @@ def test_a_window_shrinks_the_context(small):
     assert preset("digits").num_layers == 4
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_what_would_help():
     (stage,) = load_recipe(BENCHMARK, ["models.fake_score.checkpoint=none"])
     plan = plan_stage(stage)
     assert not plan.fits
     assert "checkpoint: full on fake_score would make it fit" in plan.advice
-    (stage,) = load_recipe(BENCHMARK)
-    plan = plan_stage(stage, gpu_name="l40s")
+    plan = plan_stage(load_recipe(BENCHMARK)[0], gpu_name="l40s")
     assert not plan.fits
     assert any(line.startswith("sharding over ") or "8-bit" in line for line in plan.advice), plan.advice
+
+
+def test_a_checkpoint_is_advised(small):
+    (stage,) = load_recipe(
+        "recipes/digits/df.yaml", ["models.denoiser.size={dim: 1536, ffn_dim: 8960, num_heads: 12, num_layers: 30, "
+        "in_dim: 4, out_dim: 4, text_dim: 32, text_len: 4}", "models.denoiser.weights=null", "batch.global=128"]
+    )  # fmt: skip
+    plan = plan_stage(stage)
+    assert not plan.fits
+    assert "checkpoint: full on denoiser would make it fit" in plan.advice
 
 
 def test_a_batch_that_does_not_split_is_an_error(small):

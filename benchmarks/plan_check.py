@@ -1,0 +1,84 @@
+"""Measured against planned: runs settings of a recipe on a GPU and prints peak memory and time beside `sftk plan`'s.
+
+On a machine without a GPU it runs a tiny model on the CPU, where only the estimates and the running are shown, not a peak.
+
+    python benchmarks/plan_check.py                      three settings of benchmarks/dmd_1.3b.yaml
+    python benchmarks/plan_check.py --tiny               the same at the size of the embedded task
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+
+import torch
+
+from sftk.data.sources import source
+from sftk.runtime.build import build_stage
+from sftk.runtime.plan import plan_stage
+from sftk.runtime.plan_layout import GIB
+from sftk.runtime.step import TrainingStep
+from sftk.spec.recipe import load_recipe
+
+SETTINGS = {
+    "as it stands": [],
+    "window 9": ["phases.generator.with.window=9", "phases.critic.with.window=9"],
+    "12 frames": ["latents.frames=12"],
+}
+TINY = "size={dim: 96, ffn_dim: 384, num_heads: 3, num_layers: 4, in_dim: 16, out_dim: 16, freq_dim: 96, text_dim: 32, text_len: 4}"
+
+
+def measure(overrides: list[str], device: torch.device) -> tuple[float, dict[str, list[float]], list]:
+    """Peak bytes of steady steps (0 on the CPU), seconds of each phase at each step, and the stage's plan."""
+    (stage,) = load_recipe("benchmarks/dmd_1.3b.yaml", overrides)
+    recipe, built = stage.recipe, build_stage(stage, device, {})
+    data = source(recipe.data.use)
+    shape = {key: getattr(recipe.latents, key) for key in ("frames", "channels", "height", "width")}
+    sample = data.build(**shape, seed=recipe.seed, options=recipe.data.with_)[0]
+    step = TrainingStep(recipe, built, itertools.repeat(data.collate([sample])))
+    seconds: dict[str, list[float]] = {"generator and critic": [], "critic": []}
+    for number in range(7):
+        if number == 2 and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # the optimisers' states are there from the second step on
+        begin = time.perf_counter()
+        step(number)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        kind = "generator and critic" if number % recipe.phases[0].every == 0 else "critic"
+        seconds[kind].append(time.perf_counter() - begin)
+    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else 0.0), seconds, [plan_stage(stage)]
+
+
+def main() -> None:
+    """Prints a line of JSON for each setting."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script")
+    tiny = parser.parse_args().tiny
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    small = [f"models.{role}.{TINY}" for role in ("generator", "real_score", "fake_score")]
+    small += ["latents.height=8", "latents.width=8", "data.with={text_len: 4, text_dim: 32}"]
+    for name, overrides in SETTINGS.items():
+        peak, seconds, (plan,) = measure([*overrides, *(small if tiny else [])], device)
+        critic = sum(phase.seconds for phase in plan.phases if phase.name == "critic")
+        both = sum(phase.seconds for phase in plan.phases)
+        print(
+            json.dumps(
+                {
+                    "setting": name,
+                    "measured_gib": round(peak / GIB, 2),
+                    "planned_gib": round(plan.peak / GIB, 2),
+                    "off_by": round(plan.peak / peak - 1, 3) if peak else None,
+                    "measured_seconds": {kind: round(min(found), 3) for kind, found in seconds.items()},
+                    "planned_seconds": {"generator and critic": round(both, 3), "critic": round(critic, 3)},
+                }
+            ),
+            flush=True,
+        )
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
