@@ -18,7 +18,7 @@ import torch
 from sftk.data.sources import source
 from sftk.runtime.build import build_stage
 from sftk.runtime.plan import plan_stage
-from sftk.runtime.plan_layout import GIB
+from sftk.runtime.plan_layout import GIB, Plan
 from sftk.runtime.step import TrainingStep
 from sftk.spec.recipe import load_recipe
 
@@ -27,10 +27,10 @@ SETTINGS = {
     "window 9": ["phases.generator.with.window=9", "phases.critic.with.window=9"],
     "12 frames": ["latents.frames=12"],
 }
-TINY = "size={dim: 96, ffn_dim: 384, num_heads: 3, num_layers: 4, in_dim: 16, out_dim: 16, freq_dim: 96, text_dim: 32, text_len: 4}"
+TINY = "{dim: 96, ffn_dim: 384, num_heads: 3, num_layers: 4, in_dim: 16, out_dim: 16, freq_dim: 96, text_dim: 32, text_len: 4}"
 
 
-def measure(overrides: list[str], device: torch.device) -> tuple[float, dict[str, list[float]], list]:
+def measure(overrides: list[str], device: torch.device) -> tuple[float, dict[str, list[float]], Plan]:
     """Peak bytes of steady steps (0 on the CPU), seconds of each phase at each step, and the stage's plan."""
     (stage,) = load_recipe("benchmarks/dmd_1.3b.yaml", overrides)
     recipe, built = stage.recipe, build_stage(stage, device, {})
@@ -48,7 +48,7 @@ def measure(overrides: list[str], device: torch.device) -> tuple[float, dict[str
             torch.cuda.synchronize()
         kind = "generator and critic" if number % recipe.phases[0].every == 0 else "critic"
         seconds[kind].append(time.perf_counter() - begin)
-    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else 0.0), seconds, [plan_stage(stage)]
+    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else 0.0), seconds, plan_stage(stage)
 
 
 def main() -> None:
@@ -57,10 +57,10 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script")
     tiny = parser.parse_args().tiny
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    small = [f"models.{role}.{TINY}" for role in ("generator", "real_score", "fake_score")]
+    small = [f"models.{role}.size={TINY}" for role in ("generator", "real_score", "fake_score")]
     small += ["latents.height=8", "latents.width=8", "data.with={text_len: 4, text_dim: 32}"]
     for name, overrides in SETTINGS.items():
-        peak, seconds, (plan,) = measure([*overrides, *(small if tiny else [])], device)
+        peak, seconds, plan = measure([*overrides, *(small if tiny else [])], device)
         critic = sum(phase.seconds for phase in plan.phases if phase.name == "critic")
         both = sum(phase.seconds for phase in plan.phases)
         print(
