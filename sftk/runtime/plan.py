@@ -39,7 +39,7 @@ def plan_stage(
         >>> from sftk.spec.recipe import load_recipe
         >>> plan = plan_stage(load_recipe("recipes/digits/df.yaml")[0])
         >>> plan.fits, plan.parameters
-        (True, {'denoiser': 814048})
+        (True, {'denoiser': 689776})
     """
     if sharding is None:
         sharding = "replicate" if gpus == 1 else "fsdp" if gpus <= node else "hsdp"
