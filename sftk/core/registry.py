@@ -19,8 +19,8 @@ def register(name: str, made: Transform) -> None:
     """Adds a transform under a name that no other has.
 
     Raises:
-        SpecError: the name is taken by another function. The same one replaces its old self: of a module that was imported again,
-            or of a file that runs as a script and is a plugin, too.
+        SpecError: the name is taken by another function. The same one, of a module imported again or of a script that is a
+            plugin, too, replaces its old self.
     """
     old = _transforms.get(name)
     if old is not None and old.__module__ != made.__module__ and _file(old) != _file(made):

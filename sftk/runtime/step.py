@@ -76,6 +76,7 @@ class TrainingStep:
             kept = {key: value for key, value in out.items() if key in graph.outputs}
             outputs[phase.name].append({key: v.detach() if isinstance(v, Tensor) else v for key, v in kept.items()})
         assert total is not None and weights is not None
+        weights = weights.clamp(min=torch.finfo(weights.dtype).tiny)  # a batch that is masked out whole changes nothing
         metrics = {f"{phase.name}/loss": total / weights}
         for role in phase.roles:
             optimizer = self.built.optimizers[role]

@@ -12,6 +12,7 @@ from sftk.runtime.build import build_stage
 from sftk.runtime.loader import make_loader
 from sftk.runtime.prepare import prepare_data
 from sftk.runtime.progress import TrainingProgress
+from sftk.runtime.stage import StageRun
 from sftk.runtime.step import TrainingStep
 from sftk.spec.files import find_file
 from sftk.spec.recipe import load_recipe
@@ -117,3 +118,36 @@ def test_samples_of_an_earlier_phase_are_used_without_unrolling_again(tmp_path):
     metrics = TrainingStep(stage.recipe, built, iter(make_loader(stage.recipe, stage.path)))(0)
     assert metrics["generator/loss"].isfinite()
     assert any(not torch.equal(t, before[name]) for name, t in built.modules["generator"].state_dict().items())
+
+
+def test_a_batch_that_is_masked_out_whole_changes_nothing(tmp_path):
+    overrides = [text.format(folder=tmp_path) for text in MORE["ode"]]
+    (stage,) = load_recipe(
+        "recipes/digits/ode.yaml", [*FEW, "phases.ode.with.steps=[0]", "optimizers.generator.warmup=0", *overrides]
+    )
+    prepare_data(stage, TrainingProgress(enabled=False))
+    built = build_stage(stage, CPU, {})
+    before = everything(built.modules["generator"])
+    metrics = TrainingStep(stage.recipe, built, iter(make_loader(stage.recipe, stage.path)))(0)
+    assert metrics["ode/loss"] == 0
+    assert metrics["ode/grad_norm"] == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in built.modules["generator"].state_dict().items())
+
+
+def test_a_branch_is_in_the_checkpoint_and_resumed(tmp_path):
+    (stage,) = load_recipe("recipes/digits/gan.yaml", [*FEW, "train.steps=2"])
+    first = StageRun(stage, tmp_path, {})
+    step = TrainingStep(stage.recipe, first.built, iter(first.loader))
+    step(0)
+    first.step = 1
+    saved = first.save()
+    assert {path.name for path in saved.glob("*.safetensors")} == {
+        "generator.safetensors", "generator.ema.safetensors", "fake_score.safetensors", "discriminator.safetensors",
+    }  # fmt: skip
+    second = StageRun(stage, tmp_path, {})
+    assert second.resume() == 1
+    for role in ("fake_score", "discriminator"):
+        mine, theirs = everything(first.built.modules[role]), everything(second.built.modules[role])
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    resumed = TrainingStep(stage.recipe, second.built, iter(second.loader))(1)
+    assert all(torch.equal(resumed[name], value) for name, value in step(1).items())
