@@ -25,7 +25,7 @@ from sftk.spec.compat import COMPAT
 from sftk.spec.files import find_file
 from sftk.spec.graphs import FoldSpec, GraphSpec, NodeSpec
 from sftk.spec.params import spec_params
-from sftk.spec.recipe import import_file
+from sftk.spec.plugins import import_file
 from sftk.spec.source import read_yaml
 
 ROOT = Path(__file__).parents[1]

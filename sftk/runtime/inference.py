@@ -25,7 +25,8 @@ from sftk.spec.convert import structure
 from sftk.spec.document import Document
 from sftk.spec.files import find_file
 from sftk.spec.params import spec_params
-from sftk.spec.recipe import load_plugins, load_recipe
+from sftk.spec.plugins import load_plugins
+from sftk.spec.recipe import load_recipe
 from sftk.spec.schema import AUTO, Recipe
 from sftk.spec.source import read_yaml
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from sftk.spec.files import find_file, search_roots, show_path
 from sftk.spec.graphs import build_graph, once
 from sftk.spec.params import Origin
 from sftk.spec.parts import apply_with, override, read_part
+from sftk.spec.plugins import load_plugins
 from sftk.spec.schema import AUTO, PhaseSection, Recipe, StagedRecipe
 from sftk.spec.sizes import fill_sizes, written_size
 from sftk.spec.source import read_yaml
@@ -251,45 +249,6 @@ def read_stage(
     if check is not None:
         problems += check(document, recipe)
     return Stage(name=name, recipe=recipe, graphs=graphs, document=document, path=path), problems
-
-
-def load_plugins(recipe: Recipe, document: Document, path: Path) -> list[Problem]:
-    """Imports a recipe's plugins; returns what is wrong with them."""
-    problems = []
-    for index, plugin in enumerate(recipe.plugins):
-        place = ("plugins", index)
-        try:
-            if plugin.endswith(".py"):
-                import_file(find_file(plugin, path))
-            else:
-                importlib.import_module(plugin)
-        except SpecError as error:
-            problems += [document.problem(place, p.message, p.hint) for p in error.problems]
-        except Exception as error:
-            problems.append(
-                document.problem(place, f"the plugin {plugin!r} cannot be imported: {type(error).__name__}: {error}")
-            )
-    return problems
-
-
-def import_file(path: Path) -> None:
-    """Imports a Python file once, under a name made from its path.
-
-    Raises:
-        Exception: whatever the file raises.
-    """
-    name = f"sftk_plugin_{path.resolve().stem}_{abs(hash(str(path.resolve()))):x}"
-    if name in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
 
 
 def _phase_graph(
