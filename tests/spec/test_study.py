@@ -17,7 +17,7 @@ doc: Two methods.
 seeds: [0, 1]
 with: {train.steps: 5, batch.global: 4}
 matrix:
-  - {name: tf, recipe: recipes/digits/init.yaml, with: {train.steps: 7, optimizers.denoiser.lr: 1e-4}}
+  - {name: tf, recipe: recipes/digits/causal.yaml, with: {train.steps: 7, optimizers.denoiser.lr: 1e-4}}
   - name: dmd
     title: Self-Forcing
     labels: {steps: 4, inputs: own}
@@ -91,7 +91,7 @@ def test_commands_that_take_a_study_and_those_that_do_not(study, monkeypatch, tm
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(main, ["check", "both.yaml"])
     assert result.exit_code == 0, result.output
-    assert "tf, seeds 0, 1: ok: init (7 nodes)" in result.output
+    assert "tf, seeds 0, 1: ok: causal (10 nodes)" in result.output
     assert "dmd, seeds 1: ok: generator" in result.output
     assert result.output.endswith("both: ok: 2 rows, 3 runs\n")
     shown = CliRunner().invoke(main, ["show", "both.yaml"])
