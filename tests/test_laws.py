@@ -19,7 +19,12 @@ from sftk.core import FunctionTransform, Graph
 from sftk.functional import Key
 
 OPS: dict[str, Any] = {n: op for n, op in sorted(sftk.transforms().items()) if op.__module__.startswith("sftk.")}
-FLOAT32_BY_DESIGN = {"draw_timestep": ("timestep",), "draw_interval": ("timestep", "interval")}
+FLOAT32_BY_DESIGN = {
+    "draw_timestep": ("timestep",),
+    "draw_interval": ("timestep", "interval"),
+    "draw_step": ("timestep",),
+    "draw_grid_step": ("timestep", "next_timestep"),
+}
 """Outputs that are documented as float32 whatever the inputs are."""
 
 every = pytest.mark.parametrize("name", OPS)

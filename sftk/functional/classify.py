@@ -33,7 +33,8 @@ class ToyDiscriminator:
     features_at = (0,)
 
     def __call__(self, features: tuple[Tensor, ...], timestep: Tensor) -> Tensor:
-        return features[0].flatten(1).square().mean(dim=1, keepdim=True) + timestep.mean(dim=1, keepdim=True) / 1000
+        level = (timestep.mean(dim=1, keepdim=True) / 1000).to(features[0].dtype)
+        return features[0].flatten(1).square().mean(dim=1, keepdim=True) + level
 
 
 def classify_example(batch: int, randn) -> dict:

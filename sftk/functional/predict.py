@@ -219,8 +219,8 @@ def predict_flow_teacher_forced(
     timestep: Tensor,
     latents: Tensor,
     prompt_embeds: Tensor,
-    negative_embeds: Tensor | None = None,
     clean_timestep: Tensor | None = None,
+    negative_embeds: Tensor | None = None,
     *,
     scale: float = 1.0,
     frames_per_block: int = 3,
@@ -231,8 +231,8 @@ def predict_flow_teacher_forced(
     Args:
         noisy, timestep, prompt_embeds: see `predict_flow`; the timestep may differ between blocks.
         latents: [B, F, C, H, W], the clean frames (or slightly noised ones).
-        negative_embeds: [B, L, D], for guidance.
         clean_timestep: [B, F], what the network is told of the clean frames; 0 by default.
+        negative_embeds: [B, L, D], for guidance.
         scale: guidance, see `predict_x0_cfg`; 1 makes one pass only.
         frames_per_block, independent_first_frame: the blocks.
 

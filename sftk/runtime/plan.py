@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 
 from sftk.errors import SpecError
+from sftk.models.rope import rope_table
 from sftk.runtime.plan_advice import advise
 from sftk.runtime.plan_layout import Plan, Sharding, arrange
 from sftk.runtime.plan_pass import pass_stage
@@ -41,6 +42,7 @@ def plan_stage(
         >>> plan.fits, plan.parameters
         (True, {'denoiser': 689776})
     """
+    rope_table.cache_clear()  # tables that an earlier pass left would not be counted
     if sharding is None:
         sharding = "replicate" if gpus == 1 else "fsdp" if gpus <= node else "hsdp"
     device = gpu(gpu_name)

@@ -124,8 +124,8 @@ def plan_runs(study: Study, folder: Path) -> dict[tuple[str, int], PlannedRun]:
     Example:
         >>> from sftk.spec.study import load_study
         >>> runs = plan_runs(load_study("recipes/digits/study.yaml", ["seeds=[7]"]), Path("somewhere"))
-        >>> {seed for _, seed in runs}, {run.state for run in runs.values()}
-        ({7}, {'waiting'})
+        >>> sorted(seed for row, seed in runs if row in ("tf", "tf_1")), {run.state for run in runs.values()}
+        ([0, 7], {'waiting'})
     """
     seeds = {row.name: row.seeds for row in study.rows}
     runs = {}
