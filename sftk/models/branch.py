@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sftk.errors import ShapeError, SpecError
 from sftk.functional.attention import Backend, attention
 from sftk.models.config import WanConfig
-from sftk.models.layers import sinusoidal_embedding
+from sftk.models.layers import reset_linear_layers, sinusoidal_embedding
 
 
 @attrs.frozen(kw_only=True)
@@ -114,10 +114,7 @@ class ClassifierBranch(nn.Module):
 
     def reset_parameters(self) -> None:
         """Xavier for linear layers; the last one small, so that training begins near logits of 0."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        reset_linear_layers(self)
         last = self.classifier[-1]
         assert isinstance(last, nn.Linear)
         nn.init.normal_(last.weight, std=0.02)

@@ -17,6 +17,23 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def reset_linear_layers(model: nn.Module) -> None:
+    """Draws every linear layer's weight by Xavier's uniform rule, and sets its bias to zero, in place.
+
+    Source: Glorot and Bengio, 2010, eq. 16.
+
+    Example:
+        >>> layer = nn.Linear(2, 3)
+        >>> reset_linear_layers(layer)
+        >>> bool(layer.weight.abs().max() <= (6 / 5) ** 0.5), layer.bias.abs().max().item()
+        (True, 0.0)
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
 class RMSNorm(nn.Module):
     """RMS norm over the whole width, before queries and keys are split into heads."""
 

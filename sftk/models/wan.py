@@ -13,7 +13,7 @@ from sftk.functional.attention import Backend, attention_mask
 from sftk.functional.cache import KVCache, LayerKV
 from sftk.functional.layout import Layout, check_layout
 from sftk.models.config import WanConfig
-from sftk.models.layers import Block, Head, IntervalEmbedding, sinusoidal_embedding, upcast
+from sftk.models.layers import Block, Head, IntervalEmbedding, reset_linear_layers, sinusoidal_embedding, upcast
 from sftk.models.rope import rope_table
 
 
@@ -57,10 +57,7 @@ class WanModel(nn.Module):
 
     def reset_parameters(self) -> None:
         """Wan's initialisation: Xavier for linear layers, small normal for the embeddings, zero for the output."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        reset_linear_layers(self)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
         for module in (*self.text_embedding, *self.time_embedding):
             if isinstance(module, nn.Linear):
