@@ -77,6 +77,10 @@ class NonFiniteError(SftkError):
     """A loss, a gradient or a state became NaN or infinite."""
 
 
+class DistributedError(SftkError):
+    """The processes of a run do not find each other, or one of them stopped answering."""
+
+
 def format_path(path: Iterable[str | int]) -> str:
     """A path in the form that errors show.
 

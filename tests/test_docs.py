@@ -24,6 +24,7 @@ from sftk.spec import schema
 from sftk.spec.compat import COMPAT
 from sftk.spec.files import find_file
 from sftk.spec.graphs import FoldSpec, GraphSpec, NodeSpec
+from sftk.spec.parallel import ModelParallel, ParallelSection
 from sftk.spec.params import spec_params
 from sftk.spec.plugins import import_file
 from sftk.spec.source import read_yaml
@@ -38,6 +39,8 @@ SECTIONS: dict[str, Any] = {
     "data.with.teacher": PairTeacher,
     "data.with.solver": PairSolver,
     "models": schema.ModelSection,
+    "models.parallel": ModelParallel,
+    "parallel": ParallelSection,
     "size": WanConfig,
     "branch": BranchConfig,
     "optimizers": schema.OptimizerSection,

@@ -47,11 +47,11 @@ def plan_stage(
         sharding = "replicate" if gpus == 1 else "fsdp" if gpus <= node else "hsdp"
     device = gpu(gpu_name)
     batch = stage.recipe.batch
-    per_rank = batch.per_rank or max(batch.global_ // gpus, 1)
-    if batch.global_ % (per_rank * gpus):
-        message = f"a global batch of {batch.global_} does not split into {per_rank} samples on each of {gpus} GPUs"
-        raise SpecError(f"{message}; change --gpus, batch.global or batch.per_rank")
-    micro = attrs.evolve(batch, per_rank=per_rank, global_=max(batch.global_ // gpus, per_rank))
+    try:
+        per_rank, accumulation = batch.split(gpus)
+    except ValueError as error:
+        raise SpecError(f"{error}; change --gpus, batch.global or batch.per_rank") from error
+    micro = attrs.evolve(batch, per_rank=per_rank, global_=per_rank * accumulation)
     local = attrs.evolve(stage, recipe=attrs.evolve(stage.recipe, batch=micro))
     measured = pass_stage(local)
     found = arrange(local, measured, gpus, device, gpu_name, sharding, node, eight_bit)

@@ -93,18 +93,18 @@ def arrange(
     gathered = 0.0 if shards == 1 else max(size.block_bytes / size.bytes_each for size in roles.values()) * (2 * 2 + 4)
     static = weights + optimizer + ema + gathered
     slower = SLOWER[recipe.precision]
+    per_rank, accumulation = recipe.batch.split()
     flash = any(model.backend == "flash" for model in recipe.models.values())
     phases = tuple(
-        _phase(phase, measured, static, gpus, shards, device, recipe.batch.accumulation, slower, flash, node)
-        for phase in measured.phases
+        _phase(phase, measured, static, gpus, shards, device, accumulation, slower, flash, node) for phase in measured.phases
     )
     return Plan(
         stage=stage.name,
         gpus=gpus,
         gpu=gpu_name,
         sharding=sharding,
-        per_rank=recipe.batch.per_rank or recipe.batch.global_,
-        accumulation=recipe.batch.accumulation,
+        per_rank=per_rank,
+        accumulation=accumulation,
         parameters={role: size.parameters for role, size in roles.items()},
         weights=weights,
         optimizer=optimizer,

@@ -63,7 +63,7 @@ class TrainingStep:
         total, weights = None, None
         logged: dict[str, list[Tensor]] = {key: [] for key in phase.log}
         outputs[phase.name], inputs[phase.name] = [], []
-        for micro in range(recipe.batch.accumulation):
+        for micro in range(recipe.batch.split()[1]):
             values = self._inputs(phase, graph, step, micro, outputs, inputs)
             self.recent.setdefault((step, phase.name), []).append(values)
             out = from_state(graph(to_state(values, like=TensorDict()), models))

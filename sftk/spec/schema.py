@@ -10,23 +10,14 @@ import attrs
 from sftk.functional.attention import Backend
 from sftk.models.branch import BranchConfig
 from sftk.models.config import PRESETS, WanConfig, preset
+from sftk.spec.parallel import ModelParallel, ParallelSection
+from sftk.spec.validators import at_least
 
 PLAIN_NAME = re.compile(r"[\w-]+", re.ASCII)
 """What phases, stages and roles may be called: they become file names, metric names and parts of overrides."""
 
 AUTO = "auto"
 """The size of a model that is read from its weights."""
-
-
-def at_least(least: float):
-    """An attrs validator: a number (or every one of a tuple) is at least `least`; None passes."""
-
-    def check(instance: Any, attribute: Any, value: Any) -> None:
-        for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and number < least:
-                raise ValueError(f"{attribute.name.rstrip('_')} must be at least {least:g}, found {number}")
-
-    return check
 
 
 def _plain_name(instance: Any, attribute: Any, value: str) -> None:
@@ -82,6 +73,7 @@ class ModelSection:
     backend: Backend = "auto"
     checkpoint: Literal["none", "full"] = "none"
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
+    parallel: ModelParallel = attrs.field(factory=ModelParallel)
 
     def __attrs_post_init__(self) -> None:
         if [self.size, self.ema_of, self.branch_of, self.builtin].count(None) != 3:
@@ -93,8 +85,11 @@ class ModelSection:
         if self.branch is not None and self.checkpoint != "none":
             raise ValueError("a classifier branch has no blocks to `checkpoint`; set it on the role that it reads")
         untouched = (self.weights, self.backend, self.checkpoint, self.dtype) == (None, "auto", "none", "fp32")
-        if self.builtin is not None and not untouched:
-            raise ValueError("a built-in model comes as it is, without `weights`, `backend`, `checkpoint` and `dtype`")
+        if self.builtin is not None and not (untouched and self.parallel == ModelParallel()):
+            kept = "`weights`, `backend`, `checkpoint`, `dtype` and `parallel`"
+            raise ValueError(f"a built-in model comes as it is, without {kept}")
+        if self.ema_of is not None and self.parallel != ModelParallel():
+            raise ValueError(f"an average lies where {self.ema_of!r} does; say `parallel` there")
 
     @property
     def config(self) -> WanConfig:
@@ -157,15 +152,25 @@ class TrainSection:
 
 @attrs.frozen(kw_only=True)
 class BatchSection:
-    """Samples of one update (`global`), and of one forward pass on one rank (`per_rank`; all of them by default)."""
+    """Samples of one update (`global`), and of one forward pass on one rank (`per_rank`; by default the rank's whole share)."""
 
     global_: int = attrs.field(validator=at_least(1))
     per_rank: int | None = attrs.field(default=None, validator=at_least(1))
 
-    @property
-    def accumulation(self) -> int:
-        """Forward passes of one update."""
-        return self.global_ // (self.per_rank or self.global_)
+    def split(self, ranks: int = 1) -> tuple[int, int]:
+        """Samples of one forward pass on each of `ranks` ranks with samples of their own, and forward passes of an update.
+
+        Raises:
+            ValueError: `global` does not split so.
+
+        Example:
+            >>> BatchSection(global_=64, per_rank=1).split(16), BatchSection(global_=64).split(16)
+            ((1, 4), (4, 1))
+        """
+        per_rank = self.per_rank or max(self.global_ // ranks, 1)
+        if self.global_ % (per_rank * ranks):
+            raise ValueError(f"global {self.global_} does not split into passes of {per_rank} on each of {ranks} ranks")
+        return per_rank, self.global_ // (per_rank * ranks)
 
     def __attrs_post_init__(self) -> None:
         if self.per_rank is not None and self.global_ % self.per_rank:
@@ -245,6 +250,7 @@ class Recipe:
     fetch: dict[str, FetchSection] = attrs.field(factory=dict)
     eval: EvalSection | None = None
     checkpoint: CheckpointSection = attrs.field(factory=CheckpointSection)
+    parallel: ParallelSection = attrs.field(factory=ParallelSection)
     track: TrackSection = attrs.field(factory=TrackSection)
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     compile: Literal["auto"] | bool = "auto"

@@ -203,7 +203,7 @@ def test_a_checkpoint_is_advised(small):
 
 
 def test_a_batch_that_does_not_split_is_an_error(small):
-    with pytest.raises(SpecError, match="8 does not split into 1 samples on each of 3 GPUs"):
+    with pytest.raises(SpecError, match="global 8 does not split into passes of 1 on each of 3 ranks"):
         plan_stage(small, gpus=3)
 
 

@@ -1,0 +1,184 @@
+"""Who is who among the processes of a run: ranks, process groups and device meshes, said here and nowhere else.
+
+A run has `world` ranks, one process for each device. They are arranged twice (see `sftk.spec.arrangement.Arrangement`):
+
+* **for weights**, role by role, as `replicate x shard`: `Mesh.weights(role)` is the `DeviceMesh` with these two names, on
+  which FSDP2 shards the role (`sftk.runtime.parallelize`). It covers all ranks, those of a sequence group among them.
+* **for samples** as `data x sequence`: `Mesh.samples` is the `DeviceMesh` with these two names. The ranks of one sequence
+  group see the same samples, the same noise and the same exit steps; `data_rank` of `data_world` says which samples.
+
+One process needs no process group: `Mesh.single()` has `world` 1, and everything below does nothing there.
+
+**What is summed.** Each rank differentiates its loss divided by `sequence`, and the gradient of a weight is the *sum* over all
+ranks. So a collective inside a model must be differentiated as what it is: the transpose of an all-gather is a reduce-scatter
+that sums, that of an all-to-all the reverse all-to-all, that of slicing the tokens zeros elsewhere. Then what every rank of a
+sequence group computes alike (a classifier branch on gathered states, an objective on a gathered flow) counts once, and
+what each computes for its own tokens is added up.
+
+**Agreement.** Whatever decides control flow comes from the recipe, from `Key.integers` or from `Mesh.share`, never from a
+tensor of one rank: ranks that take different numbers of forward passes of a sharded model hang.
+
+Public: `Mesh` (`rank`, `world`, `first`, `device`, `data_rank`, `data_world`, `sequence`, `sequence_rank`,
+`sequence_group`, `samples`, `weights(role)`, `shards(role)`, `sum`, `share`, `gather`, `wait`), `make_mesh`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from sftk.runtime.world import World
+from sftk.spec.arrangement import Arrangement, arrange_ranks
+from sftk.spec.schema import Recipe
+
+T = TypeVar("T")
+
+
+@attrs.define(eq=False)
+class Mesh:
+    """The ranks of a stage; see the module's text.
+
+    Args:
+        world_: the processes, from `sftk.runtime.world.join`.
+        arrangement: how many share what.
+        device: of this rank.
+
+    Example:
+        >>> mesh = Mesh.single()
+        >>> mesh.world, mesh.first, mesh.data_rank, mesh.sequence_group, mesh.sum(torch.ones(1)).item()
+        (1, True, 0, None, 1.0)
+    """
+
+    world_: World
+    arrangement: Arrangement
+    device: torch.device
+    _weights: dict[int, DeviceMesh] = attrs.field(init=False, factory=dict)
+    _samples: DeviceMesh | None = attrs.field(init=False, default=None)
+
+    def __attrs_post_init__(self) -> None:
+        if self.world > 1:
+            shape, names = (self.data_world, self.sequence), ("data", "sequence")
+            self._samples = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        for shards in sorted(set(self.arrangement.shards.values())):  # groups are made by all ranks, in one order
+            if self.world > 1:
+                self._replicate_by_shard(shards)
+
+    @classmethod
+    def single(cls, device: torch.device | str = "cpu") -> Mesh:
+        """One process."""
+        alone = Arrangement(ranks=1, sequence=1, per_rank=1, accumulation=1, shards={})
+        return cls(World(), alone, torch.device(device))
+
+    @property
+    def rank(self) -> int:
+        """Of this process, from 0."""
+        return self.world_.rank
+
+    @property
+    def world(self) -> int:
+        """Processes of the run."""
+        return self.world_.size
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and speaks to the user."""
+        return self.rank == 0
+
+    @property
+    def sequence(self) -> int:
+        """Ranks that share one sample."""
+        return self.arrangement.sequence
+
+    @property
+    def sequence_rank(self) -> int:
+        """Place among the ranks that share this one's samples, from 0."""
+        return self.rank % self.sequence
+
+    @property
+    def data_rank(self) -> int:
+        """Which samples this rank sees: those of the so many-th of `data_world` parts of a batch."""
+        return self.rank // self.sequence
+
+    @property
+    def data_world(self) -> int:
+        """Parts of a batch."""
+        return self.world // self.sequence
+
+    @property
+    def samples(self) -> DeviceMesh:
+        """The mesh `("data", "sequence")`; there is none in a single process."""
+        assert self._samples is not None, "a single process has no mesh"
+        return self._samples
+
+    @property
+    def sequence_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share this one's samples; None where it has them to itself."""
+        return self.samples.get_group("sequence") if self.sequence > 1 else None
+
+    def weights(self, role: str) -> DeviceMesh:
+        """The mesh `("replicate", "shard")` of a role's weights. In a single process it needs a group of one, which is made."""
+        if self.world == 1:
+            self.world_.form_group_of_one(self.device)
+        return self._replicate_by_shard(self.shards(role))
+
+    def shards(self, role: str) -> int:
+        """Ranks that hold one copy of a role's weights."""
+        return self.arrangement.shards.get(role, 1)
+
+    def _replicate_by_shard(self, shards: int) -> DeviceMesh:
+        if shards not in self._weights:
+            shape, names = (self.world // shards, shards), ("replicate", "shard")
+            self._weights[shards] = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        return self._weights[shards]
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all ranks, as a new tensor; nothing is read back from the device."""
+        if self.world == 1:
+            return value
+        value = value.detach().clone()
+        dist.all_reduce(value)
+        return value
+
+    def share(self, value: T) -> T:
+        """What the first rank has, on every rank; it is pickled."""
+        if self.world == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def gather(self, value: T) -> list[T]:
+        """What each rank has, by rank, on every rank; it is pickled."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value)
+        return found
+
+    def wait(self, name: str) -> None:
+        """Waits until every rank is here, however long that takes: for one that makes data, say.
+
+        Args:
+            name: of this place.
+        """
+        self.world_.wait(name)
+
+
+def make_mesh(recipe: Recipe, world: World, device: torch.device) -> Mesh:
+    """The ranks of a stage, arranged as its recipe says.
+
+    Raises:
+        SpecError: the ranks or the batch do not divide so.
+
+    Example:
+        >>> from sftk.spec.recipe import load_recipe
+        >>> mesh = make_mesh(load_recipe("recipes/dmd.yaml")[0].recipe, World(), torch.device("cpu"))
+        >>> mesh.arrangement.per_rank, mesh.arrangement.accumulation
+        (16, 1)
+    """
+    return Mesh(world, arrange_ranks(recipe, world.size, world.node), device)
