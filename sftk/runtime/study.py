@@ -15,7 +15,7 @@ from sftk.runtime.jobs import Job, available_threads, locked
 from sftk.runtime.page import duration
 from sftk.runtime.rundir import RunDir, write_text
 from sftk.runtime.stage import Interrupted, catch_signals
-from sftk.runtime.study_plan import PlannedRun, Runs, plan_runs
+from sftk.runtime.study_plan import PlannedRun, Runs, chain_lengths, plan_runs
 from sftk.runtime.study_progress import StudyProgress, counts
 from sftk.runtime.study_report import write_study_report
 from sftk.runtime.study_summary import headline, write_summary
@@ -96,6 +96,7 @@ class Pool:
         self._runs, self._progress, self._jobs, self._lock = runs, progress, jobs, lock
         self._threads = max(1, available_threads() // jobs)
         self._running: dict[tuple[str, int], Job] = {}
+        self._behind = chain_lengths(runs)
 
     def work(self) -> None:
         """Goes on until nothing is left to do.
@@ -124,7 +125,7 @@ class Pool:
             raise StudyInterrupted(caught[0], self._runs)
 
     def _ready(self) -> list[PlannedRun]:
-        """The runs that can begin. Those that need a run that failed are given up."""
+        """The runs that can begin, those that most others wait for first. Those that need a run that failed are given up."""
         ready = []
         for run in self._runs.values():
             if run.state != "waiting":
@@ -136,7 +137,7 @@ class Pool:
                 self._progress.note(f"{run.name}: skipped, as it needs {lost.name}")
             elif all(other.state == "done" for other in needed):
                 ready.append(run)
-        return ready
+        return sorted(ready, key=lambda run: -self._behind[run.row.name, run.seed])
 
     def _start(self, run: PlannedRun) -> None:
         run.state = "running"

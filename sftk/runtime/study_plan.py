@@ -142,6 +142,22 @@ def plan_runs(study: Study, folder: Path) -> dict[tuple[str, int], PlannedRun]:
     return runs
 
 
+def chain_lengths(runs: Runs) -> dict[tuple[str, int], int]:
+    """Of each run, how many runs must follow it one after the other: whoever begins long chains first ends first.
+
+    Example:
+        >>> from sftk.spec.study import load_study
+        >>> lengths = chain_lengths(plan_runs(load_study("recipes/digits/study.yaml"), Path("somewhere")))
+        >>> lengths["tf_1", 0], lengths["init_1", 0], lengths["tf", 0]
+        (2, 1, 0)
+    """
+    lengths = dict.fromkeys(runs, 0)
+    for key, run in reversed(runs.items()):  # a run needs earlier ones only
+        for row, seed, _ in run.needs.values():
+            lengths[row, seed] = max(lengths[row, seed], lengths[key] + 1)
+    return lengths
+
+
 def difference(was: Any, now: Any, path: str = "$") -> str | None:
     """The first place where two plain values differ, in words.
 

@@ -120,6 +120,18 @@ def test_weights_are_those_of_the_same_seed_and_awaited(study, tmp_path):
         assert texts[-1] == "--resume"
 
 
+def test_what_others_wait_for_begins_first(study, tmp_path):
+    row = "  - {name: last, recipe: tiny.yaml, with: {train.steps: 3, models.generator.weights: two/generator}}\n"
+    study(
+        {},
+        jobs_=1,
+        text=MATRIX.replace("  - {name: one", "  - {name: free, recipe: tiny.yaml, with: {train.steps: 3}}\n  - {name: one")
+        + row,
+    )
+    begun = [" ".join(row[1:3]) for row in events(tmp_path) if row[0] == "begin"]
+    assert begun == [f"{name} seed_{seed}" for name in ("one", "two", "free", "last") for seed in "01"]
+
+
 def test_a_failed_run_is_reported_and_the_others_go_on(study, tmp_path):
     output = io.StringIO()
     with pytest.raises(SftkError, match="1 of 4 runs failed: one seed 0 and 1 that need them were not made"):
