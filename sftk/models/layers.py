@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sftk.functional.attention import Backend, Mask, attention
 from sftk.functional.cache import LayerKV
+from sftk.functional.exchange import Exchange
 from sftk.models.config import WanConfig
 from sftk.models.rope import rotate
 
@@ -95,27 +96,29 @@ class Block(nn.Module):
         mask: Mask,
         backend: Backend,
         keep_kv: bool,
+        exchange: Exchange,
     ) -> tuple[Tensor, LayerKV | None]:
         """One block.
 
         Args:
-            x: [B, L, width]. time: [B, F, 6, width], per frame.
-            rope: tables of the tokens. past_rope: tables of the cached keys when they are stored unrotated, else None.
+            x: [B, L, width], the tokens of this rank. time: [B, F, 6, width], per frame.
+            rope: tables of all tokens. past_rope: tables of the cached keys when they are stored unrotated, else None.
             text: [B, T, width], or None when `text_kv` is given.
-            past: cached k, v [B, P, H, D].
+            past: cached k, v [B, P, H, D]: of all tokens, and this rank's heads.
             keep_kv: return keys and values.
+            exchange: gives self-attention all tokens where several ranks share them.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (upcast(self.modulation)[None] + time).unbind(dim=2)
         y = self.modulate(x, shift1, scale1)
-        k, v = self.self_attn.keys_values(y)
+        q, k, v = exchange.to_heads(self.self_attn.queries(y), *self.self_attn.keys_values(y))
         unrotated = k
-        q, k = rotate(self.self_attn.queries(y), *rope), rotate(k, *rope)
+        q, k = rotate(q, *rope), rotate(k, *rope)
         stored = k if past_rope is None else unrotated
         v_all, k_all = v, k
         if past is not None:
             past_k = past[0] if past_rope is None else rotate(past[0], *past_rope)
             k_all, v_all = torch.cat([past_k.to(k.dtype), k], dim=1), torch.cat([past[1].to(v.dtype), v], dim=1)
-        y = attention(q, k_all, v_all, mask=mask, backend=backend)
+        y = exchange.to_tokens(attention(q, k_all, v_all, mask=mask, backend=backend))
         x = self.gated(x, self.self_attn.o(y.flatten(2)), gate1)
 
         if text_kv is None:

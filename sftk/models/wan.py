@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sftk.errors import ShapeError
 from sftk.functional.attention import Backend, attention_mask
 from sftk.functional.cache import KVCache, LayerKV
+from sftk.functional.exchange import ExchangeFor, one_rank
 from sftk.functional.layout import Layout, check_layout
 from sftk.models.config import WanConfig
 from sftk.models.layers import Block, Head, IntervalEmbedding, reset_linear_layers, sinusoidal_embedding, upcast
@@ -41,6 +42,7 @@ class WanModel(nn.Module):
         super().__init__()
         self.config = config
         self.backend: Backend = backend
+        self.exchange: ExchangeFor = one_rank
         self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), nn.Linear(config.dim, config.dim)
@@ -107,7 +109,9 @@ class WanModel(nn.Module):
             ShapeError: an argument does not fit the config.
         """
         frames, height, width = self._check(latents, timestep, prompt_embeds, cache, layout)
-        x = self._embed_patches(latents)
+        exchange = self.exchange(frames, height * width)
+        timestep, prompt_embeds = exchange.shared(timestep), exchange.shared(prompt_embeds)
+        x = self._embed_patches(exchange.part(self._patches(latents)))
         time = self.time_embedding(sinusoidal_embedding(timestep, self.config.freq_dim).to(self._dtype))
         if interval is not None:
             time = time + self._embed_interval(interval, timestep)
@@ -124,12 +128,13 @@ class WanModel(nn.Module):
         for index, block in enumerate(self.blocks):
             past = None if cache is None else cache.layer(index)
             text_kv = cache.text[index] if reuse and cache is not None and cache.text is not None else None
-            x, found = block(x, modulation, rope, text, text_kv, past, past_rope, mask, self.backend, cache is not None)
+            keep_kv = cache is not None
+            x, found = block(x, modulation, rope, text, text_kv, past, past_rope, mask, self.backend, keep_kv, exchange)
             if found is not None:
                 kv.append(found)
             if index in wanted:
-                features.append(x)
-        flow = self._unpatch(self.head(x, time), frames, height, width)
+                features.append(exchange.whole(x))
+        flow = self._unpatch(exchange.whole(self.head(x, time)), frames, height, width)
         return flow.to(latents.dtype), tuple(kv), tuple(features)
 
     def _check(
@@ -156,10 +161,12 @@ class WanModel(nn.Module):
     def _dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype
 
-    def _embed_patches(self, latents: Tensor) -> Tensor:
+    def _patches(self, latents: Tensor) -> Tensor:
         _, ph, pw = self.config.patch_size
         patches = latents.unflatten(4, (-1, pw)).unflatten(3, (-1, ph))  # B F C h ph w pw
-        patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
+        return patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
+
+    def _embed_patches(self, patches: Tensor) -> Tensor:
         weight = self.patch_embedding.weight
         return F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
 

@@ -1,0 +1,221 @@
+"""What sequence parallelism must leave unchanged, as functions of the group; run as a script, one rank of several."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sftk.core import Graph
+from sftk.functional import Key, classify, predict_flow, predict_flow_teacher_forced
+from sftk.functional.attention import exact_derivatives
+from sftk.functional.tangent import flow_tangent
+from sftk.models import BranchConfig, ClassifierBranch, WanConfig, WanModel
+from sftk.runtime.parallelize import parallelize
+from sftk.runtime.sequence import SequenceGroup, share_sequence
+
+Results = dict[str, Tensor]
+Case = Callable[[int, SequenceGroup | None], Results]
+CASES: dict[str, Case] = {}
+WORLD = 4
+DEGREES = ((2, 6), (3, 6), (4, 4))
+"""Degrees and heads."""
+ROLLOUTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "windowed": {"window": 4},
+    "sink": {"window": 5, "sink": 1},
+    "relative": {"window": 5, "sink": 1, "rope": "relative"},
+    "straight_through": {"context_gradient": "straight_through"},
+    "noised_context": {"context_noise": 100.0},
+}
+
+
+def case(function: Case) -> Case:
+    CASES[function.__name__] = function
+    return function
+
+
+def config(heads: int, **changes: Any) -> WanConfig:
+    sizes = {"dim": 8 * heads, "ffn_dim": 20, "num_layers": 2, "in_dim": 4, "out_dim": 4, "freq_dim": 8}
+    return WanConfig(**(sizes | {"num_heads": heads, "text_dim": 8, "text_len": 4} | changes))
+
+
+def randomised(model: nn.Module, seed: int) -> nn.Module:
+    """Random everywhere: a fresh model's head is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.double().parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5 + (parameter.dim() == 1))
+    return model
+
+
+def backbone(
+    heads: int, group: SequenceGroup | None, seed: int = 0, *, checkpoint: str = "none", compiled: bool = False, **changes: Any
+) -> Any:
+    model = randomised(WanModel(config(heads, **changes)), seed)
+    if group is not None:
+        share_sequence(model, group)
+    return parallelize(model, checkpoint=checkpoint, compile_blocks=compiled)
+
+
+def inputs(frames: int, height: int = 6, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents (9 tokens a frame: 2 and 4 do not divide them), timesteps that differ by frame, text."""
+    generator = torch.Generator().manual_seed(7)
+    latents = torch.randn(batch, frames, 4, height, 6, generator=generator, dtype=torch.float64)
+    timestep = torch.rand(batch, frames, generator=generator, dtype=torch.float64) * 1000
+    return latents, timestep, torch.randn(batch, 4, 8, generator=generator, dtype=torch.float64)
+
+
+def gradients(**models: nn.Module) -> Results:
+    """Those of the parameters; `grad.` says that the ranks' are to be summed."""
+    return {
+        f"grad.{role}.{name.replace('_checkpoint_wrapped_module.', '')}": parameter.grad
+        for role, model in models.items()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def weighed(x: Tensor) -> Tensor:
+    """A loss to which every element counts differently."""
+    return (x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)).sum() + x.square().mean()
+
+
+@case
+def bidirectional(heads: int, group: SequenceGroup | None) -> Results:
+    model = backbone(heads, group)
+    latents, timestep, embeds = (x.requires_grad_() for x in inputs(3))
+    flow, _, features = model(latents, timestep, embeds, features_at=(0, -1))
+    (weighed(flow) + sum(weighed(x) for x in features)).backward()
+    found = {"flow": flow, "features": torch.stack(features), "timestep": timestep.grad, "embeds": embeds.grad}
+    return found | {"latents": latents.grad} | gradients(model=model)
+
+
+@case
+def one_timestep(heads: int, group: SequenceGroup | None) -> Results:
+    model = backbone(heads, group, checkpoint="full")
+    latents, timestep, embeds = inputs(3, height=8)
+    flow, _, _ = model(latents, timestep[:, 0], embeds)
+    weighed(flow).backward()
+    return {"flow": flow} | gradients(model=model)
+
+
+@case
+def block_causal(heads: int, group: SequenceGroup | None) -> Results:
+    model = backbone(heads, group)
+    flow = predict_flow(model, *inputs(5), frames_per_block=2, independent_first_frame=True, window=4, sink=1)
+    weighed(flow).backward()
+    return {"flow": flow} | gradients(model=model)
+
+
+@case
+def teacher_forcing(heads: int, group: SequenceGroup | None) -> Results:
+    model = backbone(heads, group)
+    noisy, timestep, embeds = inputs(4)
+    flow = predict_flow_teacher_forced(model, noisy, timestep, noisy.flip(0), embeds, frames_per_block=2)
+    weighed(flow).backward()
+    return {"flow": flow} | gradients(model=model)
+
+
+def rollout_case(options: dict[str, Any]) -> Case:
+    def run(heads: int, group: SequenceGroup | None) -> Results:
+        model = backbone(heads, group, checkpoint="full")
+        graph = Graph.from_spec("specs/rollout.yaml", steps=(1000, 500), frames_per_block=2, commit_last=True, **options)
+        noise, _, embeds = inputs(6)
+        state = {"noise": noise, "prompt_embeds": embeds, "key": Key(seed=1, samples=(0, 1))}
+        out = graph(state, models={"denoiser": model})
+        weighed(out["x0"]).backward()
+        here = {len(layer[0][0, 0]) for chunk in out["cache"].chunks for layer in chunk.layers}
+        assert here == {heads // (1 if group is None else group.degree)}
+        own = {key.untyped_storage().nbytes() / (key.numel() * 8) for key, _ in out["cache"].chunks[-1].layers}
+        assert own == {1.0}, "a cached key keeps other tensors alive"
+        return {"x0": out["x0"]} | gradients(model=model)
+
+    return run
+
+
+CASES |= {f"rollout_{name}": rollout_case(options) for name, options in ROLLOUTS.items()}
+
+
+@case
+def dmd(heads: int, group: SequenceGroup | None) -> Results:
+    """A generator step and a critic step, with guidance; the scores have other sizes than the student."""
+    roles = {"generator": backbone(heads, group, 0, checkpoint="full")}
+    roles |= {role: backbone(2 * heads, group, i + 1) for i, role in enumerate(("real_score", "fake_score"))}
+    noise, _, embeds = inputs(6)
+    state = {"noise": noise, "prompt_embeds": embeds, "negative_embeds": -embeds, "key": Key(seed=2, samples=(4, 5))}
+    found = {}
+    for spec, updated, options in (
+        ("specs/dmd_generator.yaml", "generator", {"guidance": 3.0}),
+        ("specs/score_critic.yaml", "fake_score", {}),
+    ):
+        graph = Graph.from_spec(spec, steps=(1000, 500), **options)
+        for role, model in roles.items():
+            model.requires_grad_(role == updated)
+        out = graph({name: state[name] for name in graph.inputs}, models={name: roles[name] for name in graph.ports})
+        out["loss"].backward()
+        found |= {f"{updated}_loss": out["loss"]} | gradients(**{updated: roles[updated]})
+    return found
+
+
+@case
+def discriminator(heads: int, group: SequenceGroup | None) -> Results:
+    """Gradients of a branch, of the backbone that it reads and of the latents that it judges."""
+    model = backbone(heads, group)
+    branch = ClassifierBranch(config(heads), BranchConfig(layers=(0, -1), registers=2, time_embedding=True))
+    randomised(branch, 5)
+    if group is not None:
+        share_sequence(branch, group)
+    latents, timestep, embeds = inputs(3)
+    logits = classify(model, branch, latents.requires_grad_(), timestep, embeds)
+    weighed(logits).backward()
+    return {"logits": logits, "latents": latents.grad} | gradients(model=model, branch=branch)
+
+
+@case
+def second_derivative(heads: int, group: SequenceGroup | None) -> Results:
+    model = backbone(heads, group)
+    latents, timestep, embeds = inputs(2)
+    with exact_derivatives():
+        flow, _, _ = model(latents.requires_grad_(), timestep, embeds)
+    (first,) = torch.autograd.grad(flow.square().sum(), latents, create_graph=True)
+    first.square().sum().backward()
+    return {"first": first, "second": latents.grad} | gradients(model=model)
+
+
+@case
+def forward_mode(heads: int, group: SequenceGroup | None) -> Results:
+    model = backbone(heads, group, checkpoint="full", interval_embedding=True)
+    latents, timestep, embeds = inputs(2)
+    flow, tangent = flow_tangent(model, latents, timestep, embeds, latents.sin(), timestep / 2)
+    return {"flow": flow, "tangent": tangent}
+
+
+def run_rank(rank: int, store: str, folder: Path, names: list[str]) -> None:
+    """Runs the cases in the groups that this rank is in, and keeps what they found, gradients summed."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD, init_method=f"file://{store}")
+    for degree, heads in DEGREES:
+        group = dist.new_group(list(range(degree)))
+        for name in names if rank < degree else ():
+            found = {key: value.detach().clone() for key, value in CASES[name](heads, SequenceGroup.of(group)).items()}
+            for key, value in found.items():
+                summed = value.clone()
+                dist.all_reduce(summed, group=group)
+                if key.startswith("grad."):
+                    found[key] = summed
+                else:  # whole tensors are the same on every rank
+                    torch.testing.assert_close(value, summed / degree, rtol=1e-12, atol=1e-12)
+            if rank == 0:
+                torch.save(found, folder / f"{name}_{degree}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_rank(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4:])

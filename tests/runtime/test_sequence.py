@@ -1,0 +1,81 @@
+"""Sequence parallelism, in real processes: what several ranks compute together is what one computes alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from sequence_cases import CASES, DEGREES, WORLD, config
+
+from sftk.errors import SpecError
+from sftk.functional import KVCache
+from sftk.functional.exchange import one_rank
+from sftk.models import WanModel
+from sftk.runtime.sequence import SequenceGroup, share_sequence
+
+
+QUICK = ("bidirectional", "rollout_sink", "dmd", "discriminator")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, request):
+    """A folder of what every rank found in the cases that are wanted."""
+    names = sorted({item.callspec.params["name"] for item in request.session.items if item.module is request.module})
+    folder = tmp_path_factory.mktemp("ranks")
+    line = [sys.executable, str(Path(__file__).with_name("sequence_cases.py"))]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([*line, str(rank), str(folder / "store"), str(folder), *CASES], env=env, stderr=subprocess.PIPE, text=True)
+        for rank in range(WORLD)
+    ]
+    try:
+        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [0] * WORLD, "\n".join(errors)
+    return folder
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES])
+@pytest.mark.parametrize(("degree", "heads"), DEGREES)
+def test_ranks_together_equal_one_alone(found, name, degree, heads):
+    alone = {key: value.detach() for key, value in CASES[name](heads, None).items()}
+    together = torch.load(found / f"{name}_{degree}.pt")
+    overall = max(value.abs().max().item() for value in alone.values())
+    assert together.keys() == alone.keys()
+    for key, expected in alone.items():
+        # A gradient that is zero but for rounding, a bias that the softmax cancels, is measured against the others.
+        scale = max(expected.abs().max().item(), 1e-6 * overall)
+        difference = (together[key] - expected).abs().max().item() / scale
+        assert difference < 1e-9, f"{key}: {difference}"
+
+
+@pytest.mark.parametrize(("degree", "fits"), [(2, "1, 3"), (4, "1, 3")])
+def test_a_degree_that_does_not_divide_the_heads(make_model, degree, fits):
+    model = make_model(num_heads=3)
+    with pytest.raises(SpecError, match=f"sequence degree of {degree} does not divide 3 heads; take one of {fits}"):
+        share_sequence(model, SequenceGroup(name="", rank=0, degree=degree))
+
+
+def test_one_rank_leaves_a_model_alone(make_model):
+    model = make_model()
+    assert share_sequence(model, SequenceGroup(name="", rank=0, degree=1)).exchange is one_rank
+
+
+def test_on_meta_tensors_shapes_are_local():
+    with torch.device("meta"):
+        model = WanModel(config(4))
+        share_sequence(model, SequenceGroup(name="", rank=1, degree=4))
+        flow, kv, _ = model(torch.empty(1, 3, 4, 6, 6), torch.empty(1, 3), torch.empty(1, 4, 8), cache=KVCache())
+    flow.sum().backward()
+    assert flow.shape == (1, 3, 4, 6, 6)
+    assert kv[0][0].shape == kv[0][1].shape == (1, 3 * 9, 1, 8)
