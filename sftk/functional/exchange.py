@@ -19,7 +19,7 @@ class Exchange(Protocol):
         ...
 
     def whole(self, x: Tensor) -> Tensor:
-        """All tokens [B, F T, C] of x [B, F Tr, C]. Takes a whole gradient, the same on every rank, and cuts out this rank's."""
+        """All tokens [B, F T, C] of x [B, F Tr, C]. Of a whole gradient, the same on every rank, it takes this rank's."""
         ...
 
     def shared(self, x: Tensor) -> Tensor:

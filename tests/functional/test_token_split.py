@@ -38,9 +38,7 @@ def test_every_rank_gets_all_tokens_of_its_heads_and_back(drawn):
 
     sent = [split.split_heads(x) for split, x in zip(ranks, mine, strict=True)]
     arrived = deliver(sent, [split.sizes_to_heads(len(flat)) for split, flat in zip(ranks, sent, strict=True)])
-    by_head = [
-        split.join_tokens(x, parts[0].shape, len(parts)) for split, x, parts in zip(ranks, arrived, mine, strict=True)
-    ]
+    by_head = [split.join_tokens(x, parts[0].shape, len(parts)) for split, x, parts in zip(ranks, arrived, mine, strict=True)]
     for rank, found in enumerate(by_head):
         expected = whole.unflatten(3, (degree, -1))[:, :, :, rank]
         assert torch.equal(torch.stack(found), expected)

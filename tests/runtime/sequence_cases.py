@@ -22,9 +22,8 @@ from sftk.runtime.sequence import SequenceGroup, share_sequence
 Results = dict[str, Tensor]
 Case = Callable[[int, SequenceGroup | None], Results]
 CASES: dict[str, Case] = {}
-WORLD = 4
-DEGREES = ((2, 6), (3, 6), (4, 4))
-"""Degrees and heads."""
+HEADS = {2: 6, 3: 6, 4: 4}
+"""Degree to heads."""
 ROLLOUTS: dict[str, dict[str, Any]] = {
     "full": {},
     "windowed": {"window": 4},
@@ -197,25 +196,25 @@ def forward_mode(heads: int, group: SequenceGroup | None) -> Results:
     return {"flow": flow, "tangent": tangent}
 
 
-def run_rank(rank: int, store: str, folder: Path, names: list[str]) -> None:
+def run_rank(rank: int, store: str, folder: Path, degrees: list[int], names: list[str]) -> None:
     """Runs the cases in the groups that this rank is in, and keeps what they found, gradients summed."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, init_method=f"file://{store}")
-    for degree, heads in DEGREES:
+    dist.init_process_group("gloo", rank=rank, world_size=max(degrees), init_method=f"file://{store}")
+    for degree in degrees:
         group = dist.new_group(list(range(degree)))
         for name in names if rank < degree else ():
-            found = {key: value.detach().clone() for key, value in CASES[name](heads, SequenceGroup.of(group)).items()}
-            for key, value in found.items():
-                summed = value.clone()
-                dist.all_reduce(summed, group=group)
+            found = {key: value.detach() for key, value in CASES[name](HEADS[degree], SequenceGroup.of(group)).items()}
+            flat = torch.cat([value.flatten() for value in found.values()])
+            dist.all_reduce(flat, group=group)
+            for (key, value), summed in zip(found.items(), flat.split([v.numel() for v in found.values()]), strict=True):
                 if key.startswith("grad."):
-                    found[key] = summed
+                    found[key] = summed.clone().view_as(value)
                 else:  # whole tensors are the same on every rank
-                    torch.testing.assert_close(value, summed / degree, rtol=1e-12, atol=1e-12)
+                    torch.testing.assert_close(value, summed.view_as(value) / degree, rtol=1e-12, atol=1e-12)
             if rank == 0:
                 torch.save(found, folder / f"{name}_{degree}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
+    run_rank(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), [int(n) for n in sys.argv[4].split(",")], sys.argv[5].split(","))

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from sequence_cases import CASES, DEGREES, WORLD, config
+from sequence_cases import CASES, HEADS, config
 
 from sftk.errors import SpecError
 from sftk.functional import KVCache
@@ -20,20 +20,21 @@ from sftk.functional.exchange import one_rank
 from sftk.models import WanModel
 from sftk.runtime.sequence import SequenceGroup, share_sequence
 
-
 QUICK = ("bidirectional", "rollout_sink", "dmd", "discriminator")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, request):
     """A folder of what every rank found in the cases that are wanted."""
-    names = sorted({item.callspec.params["name"] for item in request.session.items if item.module is request.module})
+    mine = [item for item in request.session.items if item.path == request.path and "found" in item.fixturenames]
+    degrees, names = (sorted({item.callspec.params[each] for item in mine}) for each in ("degree", "name"))
     folder = tmp_path_factory.mktemp("ranks")
-    line = [sys.executable, str(Path(__file__).with_name("sequence_cases.py"))]
+    script = str(Path(__file__).with_name("sequence_cases.py"))
+    what = [str(folder / "store"), str(folder), ",".join(map(str, degrees)), ",".join(names)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     ranks = [
-        subprocess.Popen([*line, str(rank), str(folder / "store"), str(folder), *CASES], env=env, stderr=subprocess.PIPE, text=True)
-        for rank in range(WORLD)
+        subprocess.Popen([sys.executable, script, str(rank), *what], env=env, stderr=subprocess.PIPE, text=True)
+        for rank in range(max(degrees))
     ]
     try:
         errors = [rank.communicate(timeout=300)[1] for rank in ranks]
@@ -41,14 +42,18 @@ def found(tmp_path_factory, request):
         for rank in ranks:
             rank.kill()
             rank.wait()
-    assert [rank.returncode for rank in ranks] == [0] * WORLD, "\n".join(errors)
+    assert [rank.returncode for rank in ranks] == [0] * len(ranks), "\n".join(errors)
     return folder
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES])
-@pytest.mark.parametrize(("degree", "heads"), DEGREES)
-def test_ranks_together_equal_one_alone(found, name, degree, heads):
-    alone = {key: value.detach() for key, value in CASES[name](heads, None).items()}
+def quick(value, of):
+    return value if value in of else pytest.param(value, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [quick(name, QUICK) for name in CASES])
+@pytest.mark.parametrize("degree", [quick(degree, (2, 3)) for degree in HEADS])
+def test_ranks_together_equal_one_alone(found, name, degree):
+    alone = {key: value.detach() for key, value in CASES[name](HEADS[degree], None).items()}
     together = torch.load(found / f"{name}_{degree}.pt")
     overall = max(value.abs().max().item() for value in alone.values())
     assert together.keys() == alone.keys()
