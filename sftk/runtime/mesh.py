@@ -9,11 +9,10 @@ A run has `world` ranks, one process for each device. They are arranged twice (s
 
 One process needs no process group: `Mesh.single()` has `world` 1, and everything below does nothing there.
 
-**What is summed.** Each rank differentiates its loss divided by `sequence`, and the gradient of a weight is the *sum* over all
-ranks. So a collective inside a model must be differentiated as what it is: the transpose of an all-gather is a reduce-scatter
-that sums, that of an all-to-all the reverse all-to-all, that of slicing the tokens zeros elsewhere. Then what every rank of a
-sequence group computes alike (a classifier branch on gathered states, an objective on a gathered flow) counts once, and
-what each computes for its own tokens is added up.
+**What is summed.** Outside a model tensors are whole, and the ranks of a sequence group compute the same loss from them; none
+divides it. The gradient of a weight on one rank is its own tokens' part, and that of the batch is the *sum* over all ranks; weights
+of a loss are summed over the parts of the batch alone. `sftk.runtime.sequence` says why this also holds for what every rank of
+a group computes alike, such as a classifier branch.
 
 **Agreement.** Whatever decides control flow comes from the recipe, from `Key.integers` or from `Mesh.share`, never from a
 tensor of one rank: ranks that take different numbers of forward passes of a sharded model hang.

@@ -196,8 +196,16 @@ def _same(x: Tensor) -> tuple[Tensor, ...]:
 def _count_once(branch: ClassifierBranch, degree: int) -> None:
     """Makes a module that every rank runs whole count once in a sum over `degree` ranks: its gradients are divided by the
     degree, those of its hidden states are not."""
-    branch.register_forward_pre_hook(lambda _, args: (tuple(_weighted(x, degree) for x in args[0]), *args[1:]))
-    branch.register_forward_hook(lambda _module, _args, logits: _weighted(logits, 1 / degree))
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        features, *rest = args
+        return tuple(_weighted(x, degree) for x in features), *rest
+
+    def after(_: nn.Module, args: tuple[Any, ...], logits: Any) -> Tensor:
+        return _weighted(logits, 1 / degree)
+
+    branch.register_forward_pre_hook(before)
+    branch.register_forward_hook(after)
 
 
 def _weighted(x: Tensor, factor: float) -> Tensor:
