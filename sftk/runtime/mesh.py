@@ -9,10 +9,10 @@ A run has `world` ranks, one process for each device. They are arranged twice (s
 
 One process needs no process group: `Mesh.single()` has `world` 1, and everything below does nothing there.
 
-**What is summed.** Outside a model tensors are whole, and the ranks of a sequence group compute the same loss from them; none
-divides it. The gradient of a weight on one rank is its own tokens' part, and that of the batch is the *sum* over all ranks; weights
-of a loss are summed over the parts of the batch alone. `sftk.runtime.sequence` says why this also holds for what every rank of
-a group computes alike, such as a classifier branch.
+**What is summed.** Each rank differentiates the loss of its own samples; every rank of a sequence group computes the same loss
+from whole tensors, and its gradient of a weight is the part that is due to its own tokens. The gradient of a weight is the sum
+over all ranks, divided by the global weight of the loss; nothing is averaged. Losses, their weights and metrics are summed over
+all ranks and divided by `sequence`, as each sample is counted on every rank of its group.
 
 **Agreement.** Whatever decides control flow comes from the recipe, from `Key.integers` or from `Mesh.share`, never from a
 tensor of one rank: ranks that take different numbers of forward passes of a sharded model hang.
