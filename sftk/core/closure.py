@@ -28,9 +28,8 @@ def compile_step(node: Node) -> Step:
         >>> state["target"]
         2.0
     """
-    op, options = node.op, dict(node.options)
-    reads, may_read, results = node.reads, node.may_read, node.results
-    roles = node.roles
+    op, options, results, roles = node.op, dict(node.options), node.results, node.roles
+    reads, may_read = node.reads, node.may_read
     if isinstance(op, FunctionTransform):
         fn, single = op.fn, len(op.outputs) == 1
 
@@ -52,11 +51,7 @@ def compile_step(node: Node) -> Step:
     else:
 
         def call(state: dict[str, Any], models: Mapping[str, Any]) -> None:
-            arguments = {a: state[key] for a, key in reads}
-            for a, key in may_read:
-                if key in state:
-                    arguments[a] = state[key]
-            named = op.run(arguments, {port: models[role] for port, role in roles})
+            named = op.run(*bind(node, state, models))
             for name, key in results:
                 state[key] = named[name]
 
@@ -68,3 +63,16 @@ def compile_step(node: Node) -> Step:
             call(state, models)
 
     return call_without_grad
+
+
+def bind(node: Node, state: Mapping[str, Any], models: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A node's arguments and models, by the names that its transform gives them.
+
+    Example:
+        >>> from sftk.functional import flow_target
+        >>> bind(flow_target.node(in_={"x0": "latents"}), {"latents": 1.0, "noise": 3.0, "more": 5.0}, {})
+        ({'x0': 1.0, 'noise': 3.0}, {})
+    """
+    arguments = {a: state[key] for a, key in node.reads}
+    arguments |= {a: state[key] for a, key in node.may_read if key in state}
+    return arguments, {port: models[role] for port, role in node.roles}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sftk.core.check import free_keys
@@ -59,17 +59,40 @@ class Fold(Transform):
         self._steps = tuple(compile_step(node) for node in self.nodes)
 
     def run(self, values: Mapping[str, Any], models: Mapping[str, Any]) -> dict[str, Any]:
-        state = dict(values) | {key: values[start] for key, start in self.carry.items()}
+        result = {key: values[start] for key, start in self.carry.items()}
         collected: dict[str, list[Any]] = {key: [] for key in self.collect}
+        for found in self.turns(values, models, (*self.carry, *self.collect)):
+            result = {key: found[key] for key in self.carry}
+            for key, values_so_far in collected.items():
+                values_so_far.append(found[key])
+        return result | {self.collect[key]: tuple(found) for key, found in collected.items()}
+
+    def turns(self, values: Mapping[str, Any], models: Mapping[str, Any], keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Runs turn by turn, when the next one is asked for.
+
+        Args:
+            keys: of the body, to yield after each turn; of a turn nothing else is kept but what it carries.
+
+        Example:
+            >>> from sftk.core import registry, transform
+            >>> @transform(out="total", kind="host")
+            ... def add_item(total, number):
+            ...     '''A running sum.'''
+            ...     return total + number
+            >>> fold = Fold([add_item], over="numbers", item="number", carry=("total",))
+            >>> next(fold.turns({"numbers": range(10**9), "total": 5}, {}, ["total"]))
+            {'total': 5}
+            >>> registry.unregister("add_item")
+        """
+        state = dict(values) | {key: values[start] for key, start in self.carry.items()}
         for item in state[self.over]:
             turn = state | {self.item: item}
             for step in self._steps:
                 step(turn, models)
-            for key, found in collected.items():
-                found.append(turn[key])
             state |= {key: turn[key] for key in self.carry}
-        result = {key: state[key] for key in self.carry}
-        return result | {self.collect[key]: tuple(found) for key, found in collected.items()}
+            wanted = {key: turn[key] for key in keys}
+            del turn  # before the consumer works: what a turn leaves behind may be large
+            yield wanted
 
     def with_nodes(self, nodes: Iterable[Transform | Node]) -> Fold:
         """The same fold over another body."""

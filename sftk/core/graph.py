@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from tensordict import TensorDict
 
 from sftk.core import draw, registry
 from sftk.core.check import check_graph
-from sftk.core.closure import compile_step
+from sftk.core.closure import bind, compile_step
+from sftk.core.fold import Fold
 from sftk.core.state import from_state, to_state
 from sftk.core.transform import Kind, Node, Transform
 from sftk.errors import ShapeError, SpecError, did_you_mean
@@ -128,6 +130,38 @@ class Graph(Transform):
             raise SpecError(f"the graph {self.name!r} needs models for {unbound}, found {sorted(models)}")
         return to_state(values | self.run(values, models), like=state)
 
+    def stream(self, values: Mapping[str, Any], models: Mapping[str, Any], key: str) -> Iterator[Any]:
+        """Runs the graph up to the fold that collects `key`, and yields what each of its turns adds, when it is asked for.
+
+        Nothing is kept of what was yielded, so that a fold may be longer than memory holds.
+
+        Raises:
+            SpecError: no fold among the graph's nodes collects `key`.
+
+        Example:
+            >>> from sftk.core import Fold, transform
+            >>> @transform(out="square", kind="host")
+            ... def square_item(number):
+            ...     '''A square.'''
+            ...     return number * number
+            >>> fold = Fold([square_item], over="numbers", item="number", carry=(), collect={"square": "squares"})
+            >>> squares = Graph([fold], inputs=("numbers",)).stream({"numbers": range(10**9)}, {}, "squares")
+            >>> next(squares), next(squares)
+            (0, 1)
+            >>> registry.unregister("square_item")
+        """
+        state = dict(values)
+        for node, step in zip(self.nodes, self._steps, strict=True):
+            result = next((result for result, written in node.results if written == key), None)
+            if result is not None and isinstance(node.op, Fold) and result in node.op.collect.values():
+                (inner,) = (inner for inner, outer in node.op.collect.items() if outer == result)
+                turns = node.op.turns(*bind(node, state, models), (inner,))
+                for found in turns if node.grad else _without_grad(turns):
+                    yield found.pop(inner)
+                return
+            step(state, models)
+        raise SpecError(f"no fold of the graph {self.name!r} collects {key!r}")
+
     def trace(self, values: Mapping[str, Any], models: Mapping[str, Any]) -> Iterator[tuple[Node, str, Any]]:
         """Runs the graph node by node and yields (node, key, value) for everything that is written."""
         state = dict(values)
@@ -207,3 +241,8 @@ class Graph(Transform):
 
     def __repr__(self) -> str:
         return f"<graph {self.name}: {len(self.nodes)} nodes, {', '.join(self.inputs)} -> {', '.join(self.outputs)}>"
+
+
+@torch.no_grad()
+def _without_grad(items: Iterator[Any]) -> Iterator[Any]:
+    yield from items

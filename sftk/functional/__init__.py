@@ -5,6 +5,7 @@ from sftk.functional.cache import KVCache, append, window
 from sftk.functional.classify import Discriminator, classify
 from sftk.functional.context import commit_context, commit_given, start_cache, window_context
 from sftk.functional.discrete import clean_state, draw_grid_step, draw_step, pick_ode_states
+from sftk.functional.frame_noise import FrameNoise
 from sftk.functional.guidance import guide
 from sftk.functional.interval import draw_interval, ramp
 from sftk.functional.keys import Key, RecordedKey
@@ -21,18 +22,19 @@ from sftk.functional.noise import (
     read_x0,
     x0_to_flow,
 )
-from sftk.functional.plan import Block, Step, plan_blocks, plan_rollout
+from sftk.functional.plan import Block, Step, plan_blocks, plan_few_steps, plan_rollout
 from sftk.functional.predict import Denoiser, predict_flow, predict_flow_teacher_forced, predict_x0, predict_x0_cfg
 from sftk.functional.rollout import begin_block, denoise_step, exit_step, join_blocks, renoise
 from sftk.functional.sampling import crop_length, draw_noise, draw_timestep, drop_condition
 from sftk.functional.schedule import euler_step, shift_sigma, timestep_to_sigma, warp_steps
-from sftk.functional.solvers import ode_step, plan_ode
+from sftk.functional.solvers import plan_ode, predict_step, solver_step
 from sftk.functional.tangent import flow_tangent
 
 __all__ = [
     "Block",
     "Denoiser",
     "Discriminator",
+    "FrameNoise",
     "KVCache",
     "Key",
     "Layout",
@@ -68,19 +70,21 @@ __all__ = [
     "interpolate",
     "join_blocks",
     "noise_to_x0",
-    "ode_step",
     "pick_ode_states",
     "plan_blocks",
+    "plan_few_steps",
     "plan_ode",
     "plan_rollout",
     "predict_flow",
     "predict_flow_teacher_forced",
+    "predict_step",
     "predict_x0",
     "predict_x0_cfg",
     "ramp",
     "read_x0",
     "renoise",
     "shift_sigma",
+    "solver_step",
     "start_cache",
     "timestep_to_sigma",
     "warp_steps",

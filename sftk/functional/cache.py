@@ -141,6 +141,22 @@ def window(cache: KVCache, *, size: int | None, sink: int = 0) -> KVCache:
     return dataclasses.replace(cache, chunks=tuple(chunks))
 
 
+def take_rows(cache: KVCache, start: int, stop: int) -> KVCache:
+    """The cache of the samples from `start` up to `stop`, as views.
+
+    Example:
+        >>> kv = ((torch.zeros(2, 6, 2, 8), torch.zeros(2, 6, 2, 8), torch.zeros(2, 4, 2, 8), torch.zeros(2, 4, 2, 8)),)
+        >>> take_rows(append(KVCache(), kv, (0, 1, 2)), 0, 1).layer(0)[0].shape
+        torch.Size([1, 6, 2, 8])
+    """
+
+    def cut(layers: tuple[tuple[Tensor, Tensor], ...]) -> tuple[tuple[Tensor, Tensor], ...]:
+        return tuple((k[start:stop], v[start:stop]) for k, v in layers)
+
+    chunks = tuple(dataclasses.replace(chunk, layers=cut(chunk.layers)) for chunk in cache.chunks)
+    return dataclasses.replace(cache, chunks=chunks, text=None if cache.text is None else cut(cache.text))
+
+
 def detach(cache: KVCache) -> KVCache:
     """The cache without history for backward.
 

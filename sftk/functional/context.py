@@ -13,6 +13,7 @@ from sftk.errors import ShapeError
 from sftk.functional import cache as caches
 from sftk.functional.cache import KVCache, LayerKV, RopeMode
 from sftk.functional.examples import example_block, example_cache, step_example
+from sftk.functional.guided import guided_kv
 from sftk.functional.keys import Key
 from sftk.functional.noise import interpolate
 from sftk.functional.plan import Block
@@ -127,7 +128,10 @@ def commit_context(
     block: Block,
     prompt_embeds: Tensor,
     kv: tuple[LayerKV, ...] | None = None,
+    negative_embeds: Tensor | None = None,
     *,
+    scale: float = 1.0,
+    batched: bool = False,
     context_noise: float = 0.0,
     noise_context: bool = True,
     context_gradient: ContextGradient = "detach",
@@ -141,6 +145,9 @@ def commit_context(
         x0: [B, block.frames, C, H, W], the block's output.
         cache: not changed.
         kv: what the exit step returned; `straight_through` needs it.
+        negative_embeds: [B, L, D]; with a `scale` other than 1 the cache then holds 2 B samples: the context as guidance's
+            conditional passes see it, then as the unconditional ones do.
+        scale, batched: of the guidance, as `predict_step` takes them.
         context_noise: timestep of the context, told to the network.
         noise_context: noise the context to that level (False tells the network only, as the public inference does).
         context_gradient: `detach` cuts gradient between blocks; `straight_through` delivers what later blocks send to the
@@ -165,7 +172,8 @@ def commit_context(
             noise = key.normal(f"context_noise_b{block.index}", x0.shape[1:], device=x0.device, dtype=x0.dtype)
             level = frame_timesteps(x0, context_noise)
             context = interpolate(context, noise, timestep_to_sigma(level, schedule, shift))
-        found = _context_kv(denoiser, context, context_noise, cache, block, prompt_embeds)
+        guidance: Any = {"scale": scale, "batched": batched}
+        found = _context_kv(denoiser, context, context_noise, cache, block, prompt_embeds, negative_embeds, guidance)
     if context_gradient == "straight_through" and kv is not None:
         found = caches.straight_through(found, kv)
     return caches.append(cache, found, block.positions)
@@ -173,12 +181,21 @@ def commit_context(
 
 @transform(out="cache", kind="per_sample", models=("denoiser",), example=_given_example)
 def commit_given(
-    denoiser: Denoiser, cache: KVCache, block: Block, prompt_embeds: Tensor, initial_latents: Tensor | None = None
+    denoiser: Denoiser,
+    cache: KVCache,
+    block: Block,
+    prompt_embeds: Tensor,
+    initial_latents: Tensor | None = None,
+    negative_embeds: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    batched: bool = False,
 ):
     """Appends the keys and values of a block of given latents, run once at timestep 0 without noise or gradient.
 
     Args:
         initial_latents: [B, F0, C, H, W].
+        negative_embeds, scale, batched: see `commit_context`.
 
     Returns:
         cache: a new cache, one block longer.
@@ -190,9 +207,20 @@ def commit_given(
     assert initial_latents is not None, "given blocks are planned from the initial latents"
     with torch.no_grad():
         latents = initial_latents[:, block.offset : block.offset + block.frames]
-        return caches.append(cache, _context_kv(denoiser, latents, 0.0, cache, block, prompt_embeds), block.positions)
+        guidance: Any = {"scale": scale, "batched": batched}
+        found = _context_kv(denoiser, latents, 0.0, cache, block, prompt_embeds, negative_embeds, guidance)
+        return caches.append(cache, found, block.positions)
 
 
-def _context_kv(denoiser: Denoiser, latents: Tensor, timestep: float, cache: KVCache, block: Block, prompt_embeds: Tensor):
-    times = frame_timesteps(latents, timestep)
-    return denoiser(latents, times, prompt_embeds, cache=cache, positions=block.positions)[1]
+def _context_kv(
+    denoiser: Denoiser,
+    latents: Tensor,
+    timestep: float,
+    cache: KVCache,
+    block: Block,
+    prompt_embeds: Tensor,
+    negative_embeds: Tensor | None,
+    guidance: Mapping[str, Any],
+) -> tuple[LayerKV, ...]:
+    times, positions = frame_timesteps(latents, timestep), block.positions
+    return guided_kv(denoiser, latents, times, prompt_embeds, negative_embeds, cache=cache, positions=positions, **guidance)

@@ -223,6 +223,34 @@ def plan_rollout(
     return blocks, given_blocks, exit_from, exit_to, gradient_mask
 
 
+def _few_check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str, str]]:
+    return _check({**options, "frames_per_block": None}, frames)
+
+
+@transform(
+    out=("lead", "step"), kind="host", example=lambda batch, randn: {"steps": (1000.0, 500.0), "shift": 5.0}, check=_few_check
+)
+def plan_few_steps(*, steps: Sequence[float], shift: float = 1.0, warp: bool = True):
+    """The steps of a few-step sampler that denoises all frames together.
+
+    Args:
+        steps, shift, warp: see `plan_rollout`.
+
+    Returns:
+        lead: tuple of `Step`, those that are followed by a re-noising. step: the last one.
+
+    Raises:
+        ShapeError: steps do not descend.
+
+    Example:
+        >>> lead, step = plan_few_steps(steps=[1000, 500])
+        >>> [one.timestep for one in lead], step.timestep
+        ([1000.0], 500.0)
+    """
+    entries, _ = step_list(steps, shift, warp)
+    return entries[:-1], entries[-1]
+
+
 def step_list(steps: Sequence[float], shift: float, warp: bool) -> tuple[tuple[Step, ...], tuple[float, ...]]:
     """The entries of a step list without its trailing 0, and the same timesteps on the unshifted axis.
 

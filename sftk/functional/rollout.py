@@ -36,7 +36,7 @@ def begin_block(noise: Tensor, block: Block):
     """A block's slice of the initial noise, and the steps that it goes through before its exit step.
 
     Args:
-        noise: [B, F, C, H, W] of the whole rollout.
+        noise: [B, F, C, H, W] of the whole rollout, or a `FrameNoise` that stands for it.
 
     Returns:
         noisy: [B, block.frames, C, H, W]. lead: tuple of `Step`.
@@ -54,24 +54,25 @@ def denoise_step(
     denoiser: Denoiser,
     noisy: Tensor,
     step: Step,
-    block: Block,
-    cache: KVCache,
     prompt_embeds: Tensor,
+    block: Block | None = None,
+    cache: KVCache | None = None,
     *,
     schedule: ScheduleName = "continuous",
     shift: float = 1.0,
 ):
-    """One denoising step of one block, given the frames in the cache.
+    """One denoising step of one block, given the frames in the cache, or of all frames of a bidirectional model.
 
     Args:
         noisy: [B, block.frames, C, H, W] at the step's timestep.
         step: the timestep, told to the network.
-        cache: the context; not changed.
         prompt_embeds: [B, L, D].
+        block: where its frames stand; None is all of them.
+        cache: the context; not changed.
         schedule, shift: how the timestep becomes the sigma with which the flow is read.
 
     Returns:
-        x0: [B, block.frames, C, H, W]. kv: keys and values of the block, for `commit_context`.
+        x0: [B, block.frames, C, H, W]. kv: keys and values of the block, for `commit_context`; empty without a cache.
 
     Example:
         >>> x0, kv = denoise_step(**step_example(1, torch.randn))
@@ -79,7 +80,8 @@ def denoise_step(
         torch.Size([1, 3, 4, 2, 2])
     """
     timestep = frame_timesteps(noisy, step.timestep)
-    flow, kv, _ = denoiser(noisy, timestep, prompt_embeds, cache=cache, positions=block.positions)
+    positions = None if block is None else block.positions
+    flow, kv, _ = denoiser(noisy, timestep, prompt_embeds, cache=cache, positions=positions)
     return flow_to_x0(noisy, flow, timestep_to_sigma(timestep, schedule, shift)), kv
 
 
@@ -107,16 +109,19 @@ def exit_step(
     """
     assert block.exit is not None, "a generated block has an exit step"
     with torch.set_grad_enabled(torch.is_grad_enabled() and block.grad):
-        return denoise_step(denoiser, noisy, block.exit, block, cache, prompt_embeds, schedule=schedule, shift=shift)
+        return denoise_step(denoiser, noisy, block.exit, prompt_embeds, block, cache, schedule=schedule, shift=shift)
 
 
 @transform(out="noisy", kind="keyed", example=_renoise_example)
-def renoise(x0: Tensor, key: Key, step: Step, block: Block, *, schedule: ScheduleName = "continuous", shift: float = 1.0):
+def renoise(
+    x0: Tensor, key: Key, step: Step, block: Block | None = None, *, schedule: ScheduleName = "continuous", shift: float = 1.0
+):
     """Noises a step's x0 to the level of the next step, with fresh noise `renoise_b<block>_s<step>`.
 
     Args:
         x0: [B, block.frames, C, H, W].
         step: its `next_timestep` is the level.
+        block: whose frames they are; None is all of them, as a single block's.
         schedule, shift: how that timestep becomes a sigma, see `timestep_to_sigma`.
 
     Returns:
@@ -129,7 +134,8 @@ def renoise(x0: Tensor, key: Key, step: Step, block: Block, *, schedule: Schedul
         torch.Size([1, 3, 4, 2, 2])
     """
     assert step.next_timestep is not None, "the last step is never followed by a re-noising"
-    noise = key.normal(f"renoise_b{block.index}_s{step.index}", x0.shape[1:], device=x0.device, dtype=x0.dtype)
+    name = f"renoise_b{0 if block is None else block.index}_s{step.index}"
+    noise = key.normal(name, x0.shape[1:], device=x0.device, dtype=x0.dtype)
     timestep = frame_timesteps(x0, step.next_timestep)
     return interpolate(x0, noise, timestep_to_sigma(timestep, schedule, shift))
 

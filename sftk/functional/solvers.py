@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from sftk.core.transform import transform
 from sftk.functional.cache import KVCache
-from sftk.functional.guidance import guide
+from sftk.functional.guided import guided_flow
+from sftk.functional.multistep import MultistepSolver, SolverName, start_multistep
 from sftk.functional.plan import Block, Step
 from sftk.functional.predict import Denoiser, toy_denoiser
 from sftk.functional.schedule import TIMESTEPS, euler_step, frame_timesteps, inference_timesteps
@@ -21,26 +22,37 @@ def _check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str
         yield "steps", f"a solver takes at least 1 step, found {options['steps']}"
 
 
-@transform(out="ode_steps", kind="host", example=lambda batch, randn: {"steps": 4}, check=_check)
-def plan_ode(*, steps: int = 50, shift: float = 1.0):
+@transform(out=("ode_steps", "solver"), kind="host", example=lambda batch, randn: {"steps": 4}, check=_check)
+def plan_ode(*, steps: int = 50, shift: float = 1.0, solver: SolverName = "euler"):
     """The steps of an ODE solver, evenly spaced before the shift, from 1000 to 0.
 
     Args:
         steps: how many; at least 1.
         shift: see `shift_sigma`.
+        solver: `euler`, or a multistep one of diffusers, on that scheduler's own timesteps: `unipc` or `dpm++`.
 
     Returns:
-        ode_steps: tuple of `Step`; the last one's `next_timestep` is 0.
+        ode_steps: tuple of `Step`; the last one's `next_timestep` is 0. solver: what it remembers between steps, a
+        `MultistepSolver`; None is Euler's method, which remembers nothing.
+
+    Raises:
+        SftkError: the solver needs diffusers.
 
     Example:
-        >>> [(step.timestep, step.next_timestep) for step in plan_ode(steps=2)]
+        >>> [(step.timestep, step.next_timestep) for step in plan_ode(steps=2)[0]]
         [(1000.0, 500.0), (500.0, 0.0)]
+        >>> [step.timestep for step in plan_ode(steps=2, shift=5.0, solver="dpm++")[0]]
+        [999.0, 833.0]
     """
+    assert solver in get_args(SolverName)
+    if solver != "euler":
+        multistep, plan = start_multistep(solver, steps, shift)
+        return plan, multistep
     times = (*inference_timesteps(steps, shift), 0.0)
-    return tuple(Step(index=i, timestep=times[i], next_timestep=times[i + 1]) for i in range(steps))
+    return tuple(Step(index=i, timestep=times[i], next_timestep=times[i + 1]) for i in range(steps)), None
 
 
-def _example(batch: int, randn) -> dict:
+def _predict_example(batch: int, randn) -> dict:
     return {
         "denoiser": toy_denoiser,
         "noisy": randn(batch, 3, 4, 2, 2),
@@ -51,8 +63,8 @@ def _example(batch: int, randn) -> dict:
     }
 
 
-@transform(out="noisy", kind="per_sample", models=("denoiser",), example=_example)
-def ode_step(
+@transform(out="flow", kind="per_sample", models=("denoiser",), example=_predict_example)
+def predict_step(
     denoiser: Denoiser,
     noisy: Tensor,
     step: Step,
@@ -60,42 +72,100 @@ def ode_step(
     negative_embeds: Tensor,
     block: Block | None = None,
     cache: KVCache | None = None,
-    negative_cache: KVCache | None = None,
     given_frames: Tensor | None = None,
     *,
     scale: float = 1.0,
+    batched: bool = False,
     average: bool = False,
 ):
-    """One guided Euler step of a bidirectional model, or of one block of a causal one given the frames in its caches.
+    """The guided flow at a solver's step, of a bidirectional model, or of one block of a causal one given its context.
 
     Args:
         noisy: [B, F, C, H, W] at the step's timestep; of one block, [B, block.frames, C, H, W].
+        step: of `plan_ode`.
         prompt_embeds, negative_embeds: [B, L, D].
         block: says where a causal model's frames stand; None is a bidirectional pass over all frames.
-        cache, negative_cache: the context as the conditional and the unconditional pass see it; not changed.
-        given_frames: [B, F0, C, H, W] clean frames that a bidirectional pass begins with: they stand at timestep 0 and stay.
+        cache: the context; under guidance that of both conditions, see `commit_context`.
+        given_frames: [B, F0, C, H, W] clean frames that a bidirectional pass begins with: they stand at timestep 0.
         scale: guidance; 1 makes one pass only.
-        average: ask the model for its average velocity over the step (MeanFlow), which makes the step exact.
+        batched: both passes of guidance in one call of twice the batch.
+        average: ask the model for its average velocity over the step (MeanFlow), which makes Euler's step exact.
 
     Returns:
-        noisy: at the step's next timestep.
+        flow: of noisy's shape.
 
-    Source: flow matching, arXiv 2210.02747, sampled with Euler's method; MeanFlow, arXiv 2505.13447, eq. 12.
+    Source: flow matching, arXiv 2210.02747; MeanFlow, arXiv 2505.13447.
 
     Example:
-        >>> ode_step(**_example(1, torch.randn)).shape
+        >>> predict_step(**_predict_example(1, torch.randn)).shape
         torch.Size([1, 3, 4, 2, 2])
     """
-    assert step.next_timestep is not None
-    timestep, after = frame_timesteps(noisy, step.timestep), frame_timesteps(noisy, step.next_timestep)
-    if given_frames is not None:
-        count = given_frames.shape[1]
-        noisy = torch.cat([given_frames, noisy[:, count:]], dim=1)
-        timestep, after = (torch.cat([torch.zeros_like(t[:, :count]), t[:, count:]], dim=1) for t in (timestep, after))
+    timestep, after = _step_times(noisy, step, given_frames)
     more: dict[str, Any] = {"positions": None if block is None else block.positions}
     if average:
         more["interval"] = timestep - after
-    flow = denoiser(noisy, timestep, prompt_embeds, cache=cache, **more)[0]
-    if scale != 1.0:
-        flow = guide(flow, denoiser(noisy, timestep, negative_embeds, cache=negative_cache, **more)[0], scale=scale)
-    return euler_step(noisy, flow, timestep / TIMESTEPS, after / TIMESTEPS)
+    noisy = hold_frames(noisy, given_frames)
+    return guided_flow(
+        denoiser, noisy, timestep, prompt_embeds, negative_embeds, scale=scale, batched=batched, cache=cache, **more
+    )
+
+
+def _advance_example(batch: int, randn) -> dict:
+    step = Step(index=0, timestep=1000.0, next_timestep=500.0)
+    given = randn(batch, 1, 4, 2, 2)
+    return {"noisy": randn(batch, 3, 4, 2, 2), "flow": randn(batch, 3, 4, 2, 2), "step": step, "given_frames": given}
+
+
+@transform(out=("noisy", "solver"), kind="per_sample", example=_advance_example)
+def solver_step(
+    noisy: Tensor, flow: Tensor, step: Step, solver: MultistepSolver | None = None, given_frames: Tensor | None = None
+):
+    """One step of an ODE solver along a flow.
+
+    Args:
+        noisy: [B, F, C, H, W] at the step's timestep. flow: what `predict_step` found there.
+        step: of `plan_ode`.
+        solver: what is remembered of the steps before; None is Euler's method.
+        given_frames: [B, F0, C, H, W] clean frames, which stay.
+
+    Returns:
+        noisy: at the step's next timestep. solver: for the next step; the given one is unchanged.
+
+    Source: flow matching, arXiv 2210.02747, sampled with Euler's method; MeanFlow, arXiv 2505.13447, eq. 12; see
+    `MultistepSolver` for the others.
+
+    Example:
+        >>> solver_step(**_advance_example(1, torch.randn))[0].shape
+        torch.Size([1, 3, 4, 2, 2])
+    """
+    if solver is not None:
+        noisy, solver = solver.step(noisy, flow)
+    else:
+        timestep, after = _step_times(noisy, step, given_frames)
+        noisy = euler_step(noisy, flow, timestep / TIMESTEPS, after / TIMESTEPS)
+    return hold_frames(noisy, given_frames), solver
+
+
+def hold_frames(latents: Tensor, given_frames: Tensor | None) -> Tensor:
+    """The latents with their first frames replaced by given ones.
+
+    Args:
+        latents: [B, F, C, H, W].
+        given_frames: [B, F0, C, H, W]; None changes nothing.
+
+    Example:
+        >>> hold_frames(torch.zeros(1, 3, 1), torch.ones(1, 1, 1)).flatten()
+        tensor([1., 0., 0.])
+    """
+    return latents if given_frames is None else torch.cat([given_frames, latents[:, given_frames.shape[1] :]], dim=1)
+
+
+def _step_times(noisy: Tensor, step: Step, given_frames: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[B, F] each: the timesteps of a step's start and end; given frames stand at 0."""
+    assert step.next_timestep is not None
+    timestep, after = frame_timesteps(noisy, step.timestep), frame_timesteps(noisy, step.next_timestep)
+    if given_frames is None:
+        return timestep, after
+    count = given_frames.shape[1]
+    zero = torch.zeros_like(timestep[:, :count])
+    return torch.cat([zero, timestep[:, count:]], dim=1), torch.cat([zero, after[:, count:]], dim=1)

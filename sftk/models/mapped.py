@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
-from sftk.errors import CheckpointError, SftkError
+from sftk.errors import CheckpointError
 from sftk.models.tensor_files import Stored, read_pickle, read_safetensors, stream
 from sftk.models.weight_folders import read_folder
 
 _LISTED = 12
-
-
-def import_extra(module: str, purpose: str) -> Any:
-    """A module of the `wan` extra.
-
-    Raises:
-        SftkError: it is not installed.
-
-    Example:
-        >>> import_extra("transformerz", "the text encoder")
-        Traceback (most recent call last):
-        sftk.errors.SftkError: the text encoder needs the package 'transformerz'; install it with `pip install 'sftk[wan]'`
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise SftkError(f"{purpose} needs the package {package!r}; install it with `pip install 'sftk[wan]'`") from error
 
 
 def map_file(path: Path) -> dict[str, Tensor]:

@@ -13,8 +13,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from sftk.core.extras import import_extra
 from sftk.errors import CheckpointError
-from sftk.models.mapped import assign_weights, import_extra, map_file, map_folder
+from sftk.models.mapped import assign_weights, map_file, map_folder
 from sftk.models.text_keys import encoder_config, to_transformers
 from sftk.models.weight_folders import read_json
 

@@ -14,8 +14,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from sftk.core.extras import import_extra
 from sftk.errors import CheckpointError, ShapeError
-from sftk.models.mapped import assign_weights, import_extra, map_file, map_folder
+from sftk.models.mapped import assign_weights, map_file, map_folder
 from sftk.models.vae_keys import to_diffusers, vae_config
 from sftk.models.vae_tiles import WHOLE, Tiles, join_tiles, split_tiles
 from sftk.models.weight_folders import read_json

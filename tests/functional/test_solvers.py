@@ -7,7 +7,7 @@ import torch
 
 from sftk.core import Graph
 from sftk.errors import SpecError
-from sftk.functional import Key, KVCache, commit_context, ode_step, plan_blocks, plan_ode
+from sftk.functional import Key, KVCache, commit_context, plan_blocks, plan_ode, predict_step, solver_step
 from sftk.functional.plan import Step
 
 
@@ -53,14 +53,19 @@ def test_guidance_of_a_step(randn):
 
     step = Step(index=0, timestep=1000.0, next_timestep=250.0)
     arguments = (conditional, state["noise"], step, state["prompt_embeds"], state["negative_embeds"])
-    torch.testing.assert_close(ode_step(*arguments, scale=4.0), state["noise"] - 4.0 * 0.75)
+
+    def stepped(**options):
+        return solver_step(state["noise"], predict_step(*arguments, **options), step)[0]
+
+    torch.testing.assert_close(stepped(scale=4.0), state["noise"] - 4.0 * 0.75)
     assert calls == [1.0, 0.0]
-    torch.testing.assert_close(ode_step(*arguments, scale=1.0), state["noise"] - 0.75)
-    assert len(calls) == 3
+    torch.testing.assert_close(stepped(scale=1.0), state["noise"] - 0.75)
+    assert calls == [1.0, 0.0, 1.0]
 
 
 def test_plan():
-    plan = plan_ode(steps=4, shift=5.0)
+    plan, solver = plan_ode(steps=4, shift=5.0)
+    assert solver is None
     assert plan[0].timestep == 1000.0
     assert plan[-1].next_timestep == 0.0
     assert [a.next_timestep for a in plan[:-1]] == [b.timestep for b in plan[1:]]
@@ -119,7 +124,7 @@ def test_each_pass_has_the_context_of_its_own_condition(make_model, randn):
     with torch.no_grad():
         for block in blocks:
             x = state["noise"][:, block.offset : block.offset + 2]
-            for step in plan_ode(steps=3, shift=5.0):
+            for step in plan_ode(steps=3, shift=5.0)[0]:
                 times = torch.full((2, 2), step.timestep, dtype=x.dtype)
                 cond, uncond = (model(x, times, state[n], cache=caches[n], positions=block.positions)[0] for n in caches)
                 x = x + (step.next_timestep - step.timestep) / 1000 * (uncond + 3.0 * (cond - uncond))
@@ -152,7 +157,7 @@ def test_a_trajectory_is_what_the_sampler_goes_through(randn):
     ]
     assert len(states) == 4
     assert torch.equal(states[-1], sample(state, decay, 4, shift=3.0, guidance=2.0))
-    times = [step.timestep / 1000 for step in plan_ode(steps=4, shift=3.0)] + [0.0]
+    times = [step.timestep / 1000 for step in plan_ode(steps=4, shift=3.0)[0]] + [0.0]
     expected = state["noise"]
     for index, found in enumerate(states):
         expected = expected * (1 + 0.7 * (times[index + 1] - times[index]))
@@ -175,4 +180,6 @@ def test_given_frames_stand_at_timestep_0_and_stay(randn):
         for found, plain in zip(states, free, strict=True)
     )
     assert all(torch.equal(frame, first[:, 0]) for frame, _ in seen)
-    assert [timestep.tolist() for _, timestep in seen] == [[[0.0, step.timestep]] * 2 for step in plan_ode(steps=3, shift=2.0)]
+    assert [timestep.tolist() for _, timestep in seen] == [
+        [[0.0, step.timestep]] * 2 for step in plan_ode(steps=3, shift=2.0)[0]
+    ]
