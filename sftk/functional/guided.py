@@ -103,7 +103,9 @@ def _passes(
 ) -> Iterator[tuple[Tensor, tuple[LayerKV, ...]]]:
     """Flow, keys and values of each pass; of the only one when both are in one batch."""
     if batched:
-        twice = {name: torch.cat([value, value]) if isinstance(value, Tensor) else value for name, value in more.items()}
+        twice: dict[str, Any] = {
+            name: torch.cat([value, value]) if isinstance(value, Tensor) else value for name, value in more.items()
+        }
         latents, timestep = torch.cat([latents, latents]), torch.cat([timestep, timestep])
         yield denoiser(latents, timestep, torch.cat(embeds), cache=cache, **twice)[:2]
         return
