@@ -50,10 +50,15 @@ class WeightSource:
         """Of all tensors."""
         return sum(stored.bytes for stored in self.stored.values())
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameter name and value, one by one in the files' order; see `stream`."""
+    def tensors(self, rows: Mapping[str, slice | None] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Parameter name and value, one by one in the files' order; see `stream`.
+
+        Args:
+            rows: parameter name to the rows that are wanted; those without any are left out.
+        """
         names = {(stored.file, stored.name): name for name, stored in self.stored.items()}
-        for stored, tensor in stream(self.stored.values()):
+        wanted = rows or {}
+        for stored, tensor in stream(self.stored.values(), lambda item: wanted.get(names[item.file, item.name])):
             yield names[stored.file, stored.name], tensor
 
     def check_backbone(self) -> None:

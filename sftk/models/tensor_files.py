@@ -99,10 +99,15 @@ def read_pickle(path: Path, entry: str | None) -> dict[str, Stored]:
     }
 
 
-def stream(stored: Iterable[Stored]) -> Iterator[tuple[Stored, Tensor]]:
+def stream(
+    stored: Iterable[Stored], rows: Callable[[Stored], slice | None] = lambda item: None
+) -> Iterator[tuple[Stored, Tensor]]:
     """The tensors' values, in the given order; each is valid until the next one is asked for.
 
     Memory-mapped: the process holds at most about `MAPPED_AT_ONCE` bytes of a file, and a tensor itself.
+
+    Args:
+        rows: which rows of a tensor are wanted, and read; None is all of them.
 
     Raises:
         CheckpointError: a file is broken.
@@ -110,7 +115,9 @@ def stream(stored: Iterable[Stored]) -> Iterator[tuple[Stored, Tensor]]:
     for group in _groups(stored):
         with _opened(group[0]) as get:
             for item in group:
-                yield item, get(item.name)
+                part = rows(item)
+                if part is None or part.start < part.stop:
+                    yield item, get(item.name, part)
 
 
 def _groups(stored: Iterable[Stored]) -> Iterator[list[Stored]]:
@@ -127,14 +134,14 @@ def _groups(stored: Iterable[Stored]) -> Iterator[list[Stored]]:
 
 
 @contextmanager
-def _opened(item: Stored) -> Iterator[Callable[[str], Tensor]]:
+def _opened(item: Stored) -> Iterator[Callable[[str, slice | None], Tensor]]:
     if item.file.suffix in PICKLES:
         tensors, _ = _choose(item.file, _load(item.file), item.entry)
-        yield tensors.__getitem__
+        yield lambda name, rows: tensors[name] if rows is None else tensors[name][rows]
         return
     try:
         with safe_open(item.file, framework="pt") as file:
-            yield file.get_tensor
+            yield lambda name, rows: file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{item.file} is not a whole safetensors file: {_what_is_wrong(item.file, error)}") from error
 

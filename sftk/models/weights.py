@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,9 @@ from sftk.models.tensor_files import read_safetensors, stream
 from sftk.models.wan import WanModel
 
 Module = TypeVar("Module", bound=nn.Module)
+
+Here = Callable[[Tensor], tuple[Tensor, slice | None]]
+"""A parameter to the tensor that this process holds of it and the rows that it is of the whole; None is all of them."""
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -41,13 +45,14 @@ def save_weights(
     save_file(tensors, path, metadata=metadata)
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path, here: Here = lambda tensor: (tensor, None)) -> None:
     """Loads weights into a model, in place, one tensor at a time; names and shapes must fit exactly.
 
     A part that the model adds to what was trained (its `added_parts`) may be missing as a whole; it stays as it is.
 
     Args:
         path: a backbone takes whatever `open_weights` reads, another module a safetensors file.
+        here: what of a parameter this process holds; nothing else is read.
 
     Raises:
         CheckpointError: the file is missing, broken or of another model; the message lists what does not fit.
@@ -65,9 +70,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise CheckpointError(f"the weights in {path} do not fit the model:\n  {shown}")
     if isinstance(model, WanModel) and source.settings is not None:
         _check_config(model.config, source)
+    held = {name: here(tensor) for name, tensor in own.items()}
     with torch.no_grad():
-        for name, tensor in source.tensors():
-            own[name].copy_(tensor)
+        for name, tensor in source.tensors({name: rows for name, (_, rows) in held.items()}):
+            held[name][0].copy_(tensor)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -109,11 +115,22 @@ def build_model(
     return build_module(lambda: WanModel(config, backend), weights=weights, seed=seed, dtype=dtype, device=device)
 
 
-def build_module(make: Callable[[], Module], *, weights: Path | None, seed: int, dtype: str, device: torch.device) -> Module:
+def build_module(
+    make: Callable[[], Module],
+    *,
+    weights: Path | None,
+    seed: int,
+    dtype: str,
+    device: torch.device,
+    wrap: Callable[[Module], Module] = lambda module: module,
+    here: Here = lambda tensor: (tensor, None),
+) -> Module:
     """A module with given or random weights, see `build_model`; with given ones only added parts are drawn at random.
 
     Args:
         make: constructs it.
+        wrap: what is done to it before it takes memory, where weights are given: sharding, say.
+        here: what of a parameter this process then holds; only that is read.
 
     Example:
         >>> build_module(lambda: nn.Linear(2, 1), weights=None, seed=0, dtype="fp64", device=torch.device("cpu")).weight.dtype
@@ -122,14 +139,27 @@ def build_module(make: Callable[[], Module], *, weights: Path | None, seed: int,
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
         if weights is None:
-            return make().to(DTYPES[dtype])
+            return wrap(make().to(DTYPES[dtype]))
         with torch.device("meta"):
-            model = make()
-        model = model.to(DTYPES[dtype]).to_empty(device=device)
-        if isinstance(model, WanModel):
-            model.reset_added_parts()
-    load_weights(model, weights)
+            model = make().to(DTYPES[dtype])
+        added = _draw_added(model, device)
+        model = wrap(model).to_empty(device=device)
+    for name, tensor in model.state_dict().items():
+        if name in added:
+            held, rows = here(tensor)
+            held.copy_(added[name] if rows is None else added[name][rows])
+    load_weights(model, weights, here)
     return model
+
+
+def _draw_added(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """Values of a backbone's added parts, which a file need not have."""
+    found: dict[str, Tensor] = {}
+    for part in getattr(model, "added_parts", ()):
+        drawn = copy.deepcopy(model.get_submodule(part)).to_empty(device=device)
+        drawn.reset_parameters()  # pyright: ignore[reportCallIssue]
+        found |= {f"{part}.{name}": tensor for name, tensor in drawn.state_dict().items()}
+    return found
 
 
 def _portable(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ from sftk.models.wan import WanModel
 from sftk.models.weights import build_module
 from sftk.runtime.device import set_precision
 from sftk.runtime.ema import Ema
+from sftk.runtime.gradients import GradientSync
+from sftk.runtime.mesh import Mesh
 from sftk.runtime.optim import make_optimizer
-from sftk.runtime.parallelize import limit_recompiles, parallelize
+from sftk.runtime.parallelize import Sharding, limit_recompiles, parallelize
 from sftk.runtime.port import make_port
 from sftk.runtime.segments import compile_segments
+from sftk.runtime.shards import local, rows
+from sftk.spec.arrangement import policies
 from sftk.spec.fetch import missing_files
 from sftk.spec.files import find_file
 from sftk.spec.recipe import Stage
@@ -41,58 +46,138 @@ class Built:
         emas: role to average.
         ports: role to what graphs call, averages and built-in modules among them.
         optimizers: role to optimiser.
+        syncs: role to what sums its gradients over the ranks, for roles in `modules`.
         graphs: phase to graph, compiled where the recipe says so.
         device: where they live.
+        mesh: the ranks.
     """
 
     modules: dict[str, nn.Module]
     emas: dict[str, Ema]
     ports: dict[str, Any]
     optimizers: dict[str, torch.optim.Optimizer]
+    syncs: dict[str, GradientSync]
     graphs: dict[str, Graph]
     device: torch.device
+    mesh: Mesh
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Roles of which an average is kept compute with it inside: for evaluation."""
+        self.rest()
+        with ExitStack() as stack:
+            for ema in self.emas.values():
+                stack.enter_context(ema.swapped())
+            stack.callback(self.rest)
+            yield
+
+    def rest(self) -> None:
+        """Frees gathered weights of all roles."""
+        for sync in self.syncs.values():
+            sync.rest()
 
 
-def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder) -> Built:
+def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder, mesh: Mesh | None = None) -> Built:
     """Builds a stage on a device.
 
     Args:
         earlier: weights of the stages before it.
+        mesh: the ranks; None is a single process.
 
     Raises:
         CheckpointError: weights do not fit.
     """
-    recipe = stage.recipe
+    recipe, mesh = stage.recipe, mesh or Mesh.single(device)
     compiled = device.type == "cuda" if recipe.compile == "auto" else recipe.compile
     updated = {role for phase in recipe.phases for role in phase.roles}
     modules: dict[str, nn.Module] = {}
-    for index, (role, section) in enumerate(recipe.models.items()):
+    for role, section in recipe.models.items():
         if section.ema_of is None and section.builtin is None:
-            model = build_module(
-                functools.partial(construct, recipe, role),
-                weights=weights_file(section, stage, earlier),
-                seed=recipe.seed * 1000 + index,
-                dtype=section.dtype,
-                device=device,
-            )
+            model = _build(stage, role, weights_file(section, stage, earlier), mesh, device, compiled)
             modules[role] = model.requires_grad_(role in updated)
-    emas = {role: Ema(modules[role], ema.decay, ema.start) for role, ema in recipe.ema.items()}
-    for role, module in modules.items():
-        parallelize(module, checkpoint=recipe.models[role].checkpoint, compile_blocks=compiled)
+    called = {section.ema_of for section in recipe.models.values()}
+    emas = {
+        role: Ema(modules[role], ema.decay, ema.start, _copy(stage, role, modules[role], mesh) if role in called else None)
+        for role, ema in recipe.ema.items()
+    }
     dtype = set_precision(recipe.precision)
     ports: dict[str, Any] = {role: make_port(module, dtype) for role, module in modules.items()}
     for role, section in recipe.models.items():
         if section.ema_of is not None:
-            ports[role] = make_port(emas[section.ema_of].module, dtype)
+            average = emas[section.ema_of].module
+            assert average is not None
+            ports[role] = make_port(average, dtype)
         elif section.builtin is not None:
             ports[role] = builtin(section.builtin, device)
     optimizers: dict[str, torch.optim.Optimizer] = {
         role: make_optimizer(modules[role].parameters(), section) for role, section in recipe.optimizers.items()
     }
+    whole = recipe.parallel.accumulate == "whole"
+    syncs = {role: GradientSync(module, mesh, whole=whole) for role, module in modules.items()}
     if compiled:
         limit_recompiles()
     graphs = {name: compile_segments(graph) if compiled else graph for name, graph in stage.graphs.items()}
-    return Built(modules=modules, emas=emas, ports=ports, optimizers=optimizers, graphs=graphs, device=device)
+    return Built(
+        modules=modules,
+        emas=emas,
+        ports=ports,
+        optimizers=optimizers,
+        syncs=syncs,
+        graphs=graphs,
+        device=device,
+        mesh=mesh,
+    )
+
+
+def _build(stage: Stage, role: str, weights: Path | None, mesh: Mesh, device: torch.device, compiled: bool) -> nn.Module:
+    """A role's module with its weights; of a sharded one each rank reads and holds its rows."""
+    recipe = stage.recipe
+    sharding = _sharding(recipe, role, mesh)
+    offload = sharding is not None and sharding.offload
+
+    def wrap(module: nn.Module) -> nn.Module:
+        module = module.to("cpu") if offload and not _on_meta(module) else module
+        checkpoint = recipe.models[role].checkpoint
+        return parallelize(module, checkpoint=checkpoint, compile_blocks=compiled, sharding=sharding)
+
+    return build_module(
+        functools.partial(construct, recipe, role),
+        weights=weights,
+        seed=recipe.seed * 1000 + list(recipe.models).index(role),
+        dtype="fp64" if recipe.precision == "fp64" else recipe.models[role].dtype,
+        device=torch.device("cpu") if offload and weights is not None else device,
+        wrap=wrap,
+        here=lambda tensor: (local(tensor), rows(tensor)),
+    )
+
+
+def _copy(stage: Stage, role: str, source: nn.Module, mesh: Mesh) -> nn.Module:
+    """A frozen module with the same weights, sharded alike: FSDP2 modules cannot be copied."""
+    recipe, sharding = stage.recipe, _sharding(stage.recipe, role, mesh)
+    parameter = next(source.parameters())
+    with torch.device("meta"):
+        module = construct(recipe, role).to(parameter.dtype)
+    module = parallelize(module, sharding=sharding).to_empty(device=parameter.device)
+    given = source.state_dict()
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            local(tensor).copy_(local(given[name]))
+    return module.requires_grad_(False).eval()
+
+
+def _sharding(recipe: Recipe, role: str, mesh: Mesh) -> Sharding | None:
+    """How a role is sharded, or None when each rank holds all of it on its device."""
+    policy = policies(recipe)[role]
+    offload = bool(policy.offload)
+    if mesh.shards(role) == 1 and not offload:
+        return None
+    half = recipe.precision == "bf16" and recipe.models[role].dtype == "fp32"
+    gather = torch.bfloat16 if half else None
+    return Sharding(mesh=mesh.weights(role), reshard=policy.reshard is not False, offload=offload, gather=gather)
+
+
+def _on_meta(module: nn.Module) -> bool:
+    return next(module.parameters()).is_meta
 
 
 def construct(recipe: Recipe, role: str) -> nn.Module:
@@ -118,9 +203,3 @@ def weights_file(section: ModelSection, stage: Stage, earlier: WeightFinder) -> 
             message = f"the weights {file.name!r} of {', '.join(file.used_by)} are not here yet"
             raise CheckpointError(f"{message}; download them with `sftk fetch {stage.path}`")
     return find_file(section.weights, stage.path)
-
-
-def evaluation_port(built: Built, role: str, precision: str) -> Any:
-    """A role as it is evaluated: its average where one is kept."""
-    dtype = torch.bfloat16 if precision == "bf16" else None
-    return make_port(built.emas[role].module, dtype) if role in built.emas else built.ports[role]

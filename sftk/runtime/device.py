@@ -27,7 +27,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
-Precision = Literal["fp32", "tf32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp64"]
 
 
 def set_precision(precision: Precision) -> torch.dtype | None:
@@ -35,13 +35,13 @@ def set_precision(precision: Precision) -> torch.dtype | None:
 
     Args:
         precision: `fp32` keeps float32 products exact, `tf32` rounds their factors to TensorFloat32, `bf16` computes models
-            under bfloat16 autocast (what stays in float32 then uses TensorFloat32).
+            under bfloat16 autocast (what stays in float32 then uses TensorFloat32), `fp64` says nothing of float32.
 
     Example:
         >>> set_precision("bf16"), set_precision("fp32")
         (torch.bfloat16, None)
     """
-    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.set_float32_matmul_precision("highest" if precision in ("fp32", "fp64") else "high")
     # Inductor advises TensorFloat32; whoever writes `precision: fp32` has decided.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
     return torch.bfloat16 if precision == "bf16" else None

@@ -79,7 +79,7 @@ def make_loader(recipe: Recipe, beside: Path | None = None, *, rank: int = 0, wo
     found = source(recipe.data.use)
     options = found_files(recipe.data.use, recipe.data.with_, beside)
     data = found.build(**attrs.asdict(recipe.latents), seed=recipe.seed, options=options)
-    batch = recipe.batch.per_rank or recipe.batch.global_
+    batch, _ = recipe.batch.split(world)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
         return StatefulDataLoader(

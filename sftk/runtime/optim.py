@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from sftk.runtime.shards import whole
 from sftk.spec.schema import OptimizerSection
 
 
@@ -54,7 +55,7 @@ def apply_gradients(optimizer: torch.optim.Optimizer, weight: Tensor, clip: floa
     A gradient that is not finite leaves the weights as they are (PyTorch's own `found_inf`); the caller sees it in the norm.
 
     Args:
-        optimizer: fused; its parameters hold gradients of a summed loss.
+        optimizer: fused; its parameters hold gradients of a loss that is summed over all ranks, sharded or whole.
         weight: [] what the sum is divided by.
         clip: largest norm, or None.
 
@@ -69,7 +70,7 @@ def apply_gradients(optimizer: torch.optim.Optimizer, weight: Tensor, clip: floa
         (tensor(2.), -0.5)
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients) / weight
+    norm = whole(torch.nn.utils.get_total_norm(gradients)) / weight
     scale = weight if clip is None else weight * torch.clamp(norm / clip, min=1.0)
     finite = torch.isfinite(norm)
     optimizer.grad_scale = torch.where(finite, scale, torch.ones_like(scale)).float()  # pyright: ignore[reportAttributeAccessIssue]

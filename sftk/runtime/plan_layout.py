@@ -15,8 +15,8 @@ SHARDINGS: tuple[Sharding, ...] = ("replicate", "fsdp", "hsdp")
 GIB = 2**30
 SLACK = 0.03
 """Share of a GPU's memory that the allocator loses to fragments; our choice."""
-SLOWER = {"bf16": 1.0, "tf32": 2.0, "fp32": 10.0}
-"""How much slower than in bf16 products are: data sheets give tf32 half of its rate, fp32 67 TFLOP/s where bf16 reaches 680."""
+SLOWER = {"bf16": 1.0, "tf32": 2.0, "fp32": 10.0, "fp64": 10.0}
+"""How much slower than in bf16 products are: data sheets give tf32 half of its rate, fp32 and fp64 67 TFLOP/s of 680."""
 
 
 @attrs.frozen(kw_only=True)

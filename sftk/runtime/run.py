@@ -12,7 +12,7 @@ from rich.console import Console
 
 import sftk
 from sftk.core.graph import Graph
-from sftk.runtime.build import evaluation_port, weights_file
+from sftk.runtime.build import weights_file
 from sftk.runtime.device import device_name
 from sftk.runtime.evaluate import shipped_teacher
 from sftk.runtime.evaluators import EVALUATORS, evaluation_enabled, evaluation_options, evaluation_problems
@@ -151,7 +151,7 @@ class _Evaluation:
     def after(self, tracker: Tracker) -> dict[str, Any]:
         """All rows of the summary, and the samples. Run eagerly: a graph for each length of context would not pay."""
         self.progress.note("evaluating")
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), self.training.built.averaged():
             return self._after(tracker)
 
     def _after(self, tracker: Tracker) -> dict[str, Any]:
@@ -164,13 +164,12 @@ class _Evaluation:
             shipped = shipped_teacher(weights_file(teacher, self.stage, self.training.earlier), options) if fixed else None
         rows["real"] = self.evaluator.real_row()
         samples: dict[str, tuple[str, Any]] = {}
-        precision = self.stage.recipe.precision
         if options.teacher is not None:
-            port = evaluation_port(built, options.teacher, precision)
+            port = built.ports[options.teacher]
             rows["teacher"] = shipped or self.evaluator.teacher_row(port)
             samples["teacher"] = ("teacher", port)
         if options.student is not None:
-            port = evaluation_port(built, options.student, precision)
+            port = built.ports[options.student]
             before = self.run.read("student_before.json") if options.before else None
             if before is not None:
                 rows["student_before"] = before

@@ -117,7 +117,7 @@ def repeat_first_block(model: nn.Module) -> None:
 def meta_batch(stage: Stage) -> dict[str, Any]:
     """A micro-batch of a stage on meta tensors, with the runner's noise and key."""
     recipe = stage.recipe
-    size = recipe.batch.per_rank or recipe.batch.global_
+    size, _ = recipe.batch.split()
     data = source(recipe.data.use)
     options = recipe.data.with_
     shapes = data.sample_shapes(**attrs.asdict(recipe.latents), options=options)

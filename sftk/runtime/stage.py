@@ -63,6 +63,9 @@ class StageRun:
         found = last_checkpoint(self.folder)
         if found is None:
             return 0
+        for role, ema in self.built.emas.items():
+            if (found / f"{role}.ema.safetensors").is_file():
+                ema.begin()
         training = load_checkpoint(found, self._saved_modules())
         for role, state in training["optimizers"].items():
             self.built.optimizers[role].load_state_dict(state)
@@ -105,7 +108,7 @@ class StageRun:
     def _saved_modules(self) -> dict[str, Any]:
         updated = {role for phase in self.stage.recipe.phases for role in phase.roles}
         modules = {role: self.built.modules[role] for role in sorted(updated)}
-        return modules | {f"{role}.ema": ema.module for role, ema in self.built.emas.items()}
+        return modules | {f"{role}.ema": ema for role, ema in self.built.emas.items() if ema.begun}
 
     def _report(self, ready: list, run_step: TrainingStep, tracker: Tracker, progress: TrainingProgress) -> None:
         for step, values in ready:

@@ -40,8 +40,15 @@ class TrainingStep:
         self.recent: dict[tuple[int, str], list[dict[str, Any]]] = {}
         """(step, phase) to the inputs of its micro-batches, for this step and the one before, whose metrics are read late."""
 
+        self.mesh = built.mesh
+        self.per_rank, self.accumulation = recipe.batch.split(self.mesh.data_world)
+        self.dtype = torch.float64 if recipe.precision == "fp64" else None
+
     def __call__(self, step: int) -> Metrics:
-        """Runs step number `step`, counted from 0, and returns its metrics as tensors that nothing waited for."""
+        """Runs step number `step`, counted from 0, and returns its metrics as tensors that nothing waited for.
+
+        With several ranks, each runs its share of the samples; metrics are those of the whole batch, on every rank.
+        """
         metrics: Metrics = {}
         self.recent = {place: found for place, found in self.recent.items() if place[0] == step - 1}
         outputs: dict[str, list[dict[str, Any]]] = {}
@@ -56,35 +63,54 @@ class TrainingStep:
     def _phase(
         self, phase: PhaseSection, step: int, outputs: dict[str, list[dict[str, Any]]], inputs: dict[str, list[dict[str, Any]]]
     ) -> Metrics:
-        graph, recipe = self.built.graphs[phase.name], self.recipe
-        for role, module in self.built.modules.items():
+        graph, recipe, built = self.built.graphs[phase.name], self.recipe, self.built
+        for role, module in built.modules.items():
             module.requires_grad_(role in phase.roles)
-        models = {port: self.built.ports[phase.models.get(port, port)] for port in graph.ports}
+        syncs = [built.syncs[role] for role in phase.roles]
+        models = {port: built.ports[phase.models.get(port, port)] for port in graph.ports}
         total, weights = None, None
         logged: dict[str, list[Tensor]] = {key: [] for key in phase.log}
         outputs[phase.name], inputs[phase.name] = [], []
-        for micro in range(recipe.batch.split()[1]):
+        for micro in range(self.accumulation):
             values = self._inputs(phase, graph, step, micro, outputs, inputs)
             self.recent.setdefault((step, phase.name), []).append(values)
             out = from_state(graph(to_state(values, like=TensorDict()), models))
             loss, weight = out[phase.loss], out[f"{phase.loss}_weight"]
+            for sync in syncs:
+                sync.before_backward(last=micro + 1 == self.accumulation)
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
             weights = weight if weights is None else weights + weight
             for key, found in logged.items():
-                found.append(out[key].detach().float().mean())
+                value = out[key].detach()
+                found.append(value.to(torch.promote_types(value.dtype, torch.float32)).mean())
             kept = {key: value for key, value in out.items() if key in graph.outputs}
             outputs[phase.name].append({key: v.detach() if isinstance(v, Tensor) else v for key, v in kept.items()})
+        for sync in syncs:
+            sync.finish()
         assert total is not None and weights is not None
+        means = {key: torch.stack(found).mean() for key, found in logged.items()}
+        total, weights, means = self._over_ranks(total, weights, means)
         weights = weights.clamp(min=torch.finfo(weights.dtype).tiny)  # a batch that is masked out whole changes nothing
         metrics = {f"{phase.name}/loss": total / weights}
         for role in phase.roles:
-            optimizer = self.built.optimizers[role]
+            optimizer = built.optimizers[role]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe.optimizers[role], step, recipe.train.steps)
             name = "grad_norm" if len(phase.roles) == 1 else f"grad_norm_{role}"
             metrics[f"{phase.name}/{name}"] = apply_gradients(optimizer, weights, phase.clip)
-        return metrics | {f"{phase.name}/{key}": torch.stack(found).mean() for key, found in logged.items()}
+        for role in recipe.optimizers:  # what is never trained may stay gathered
+            built.syncs[role].rest()
+        return metrics | {f"{phase.name}/{key}": value for key, value in means.items()}
+
+    def _over_ranks(self, total: Tensor, weights: Tensor, means: Metrics) -> tuple[Tensor, Tensor, Metrics]:
+        """Loss and weight summed over all samples, metrics averaged, in one collective."""
+        mesh = self.mesh
+        if mesh.world == 1:
+            return total, weights, means
+        local = torch.stack([value.detach().double().reshape(()) for value in (total, weights, *means.values())])
+        found = mesh.sum(local) / mesh.sequence
+        return found[0], found[1], {key: found[2 + i] / mesh.data_world for i, key in enumerate(means)}
 
     def _inputs(
         self,
@@ -96,21 +122,18 @@ class TrainingStep:
         inputs: dict[str, list[dict[str, Any]]],
     ) -> dict[str, Any]:
         """The graph's inputs for one micro-batch; a phase that reads another's outputs sees the same samples."""
-        batch = self.recipe.batch.per_rank or self.recipe.batch.global_
         producers = [source.partition(".")[0] for source in phase.in_.values() if "." in source]
         if producers:
             values = dict(inputs[producers[0]][micro])
         else:
-            device = self.built.device
-            values = {
-                key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-                for key, value in next(self.batches).items()
-            }
-        samples = tuple(range(micro * batch, (micro + 1) * batch))
+            values = {key: self._moved(value) for key, value in next(self.batches).items()}
+        first = (micro * self.mesh.data_world + self.mesh.data_rank) * self.per_rank
+        samples = tuple(range(first, first + self.per_rank))
         key = Key(seed=self.recipe.seed, phase=phase.name, update=step, samples=samples)
         wanted = (*graph.inputs, *graph.optional)
         if "noise" not in values and "noise" in [phase.in_.get(name, name) for name in wanted]:
-            values["noise"] = key.normal("noise", self.shape.tensor_shape(1)[1:], device=self.built.device)
+            shape, dtype = self.shape.tensor_shape(1)[1:], self.dtype or torch.float32
+            values["noise"] = key.normal("noise", shape, device=self.built.device, dtype=dtype)
         values["key"] = key
         inputs[phase.name].append(values)
         found = {name: values[name] for name in wanted if name in values}
@@ -118,3 +141,10 @@ class TrainingStep:
             producer, dot, output = source.partition(".")
             found[name] = outputs[producer][micro][output] if dot else values[source]
         return found | {"key": key}
+
+    def _moved(self, value: Any) -> Any:
+        """A value of the data on the device; in float64 where everything is."""
+        if not isinstance(value, Tensor):
+            return value
+        dtype = self.dtype if value.is_floating_point() else None
+        return value.to(self.built.device, dtype=dtype, non_blocking=True)

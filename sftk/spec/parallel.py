@@ -10,7 +10,6 @@ from sftk.spec.validators import at_least
 
 Shard = Literal["all", "node"] | int
 """Over how many ranks weights are sharded: all, those of a node, or so many; 1 gives every rank a whole copy."""
-ALL: Shard = "all"
 
 
 @attrs.frozen(kw_only=True)
@@ -32,7 +31,7 @@ class ParallelSection:
         timeout: minutes after which a collective that some rank never joined ends the run.
     """
 
-    shard: Shard = attrs.field(default=ALL, validator=at_least(1))
+    shard: Shard = attrs.field(default="all", validator=at_least(1))  # pyright: ignore[reportAssignmentType]
     sequence: int = attrs.field(default=1, validator=at_least(1))
     reshard: bool = True
     offload: bool = False

@@ -252,7 +252,7 @@ class Recipe:
     checkpoint: CheckpointSection = attrs.field(factory=CheckpointSection)
     parallel: ParallelSection = attrs.field(factory=ParallelSection)
     track: TrackSection = attrs.field(factory=TrackSection)
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp64"] = "fp32"
     compile: Literal["auto"] | bool = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

@@ -1,0 +1,137 @@
+"""Several processes (gloo) give the weights and metrics of one, however weights are shared and a batch is split."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+JOB = Path(__file__).with_name("rank_job.py")
+BATCH = ("batch.global=8", "batch.per_rank=1", "phases.0.every=1")
+POLICIES = {
+    "fsdp": (),
+    "hsdp": ("parallel.shard=2",),
+    "ddp": ("parallel.shard=1",),
+    "mixed": (
+        "parallel.accumulate=sharded",
+        "parallel.reshard=false",
+        "models.generator.parallel.shard=2",
+        "models.generator.checkpoint=full",
+        "models.real_score.parallel={shard: 1, offload: true}",
+    ),
+    "whole": ("batch.per_rank=null",),
+}
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """`launch(world, jobs)`: runs jobs (name to recipe, overrides, steps) in `world` processes, or for 1 in this one.
+
+    Returns the folder of what they found.
+    """
+
+    def run(world: int, jobs: dict[str, tuple[Path, tuple[str, ...], int]]) -> Path:
+        folder = tmp_path_factory.mktemp("ranks")
+        listed = [{"name": n, "recipe": str(r), "overrides": list(o), "steps": s} for n, (r, o, s) in jobs.items()]
+        (folder / "jobs.json").write_text(json.dumps(listed))
+        if world == 1:
+            spec = importlib.util.spec_from_file_location("rank_job", JOB)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            module.run_jobs(folder / "jobs.json")
+            return folder
+        line = [sys.executable, str(JOB), str(folder / "jobs.json")]
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": str(world)}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)} | meet
+        ranks = [
+            subprocess.Popen(line, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True)
+            for r in range(world)
+        ]
+        try:
+            errors = [rank.communicate(timeout=600)[1] for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+        assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(errors)
+        return folder
+
+    return run
+
+
+def largest_difference(one, other):
+    """Over all weights and averages, and the largest weight."""
+    assert one.keys() == other.keys()
+    assert "generator.ema" in one
+    pairs = [(tensor, other[part][name]) for part, state in one.items() for name, tensor in state.items()]
+    assert all(a.dtype == b.dtype and a.shape == b.shape for a, b in pairs)
+    difference = max((a - b).abs().max().item() for a, b in pairs if a.numel())
+    return difference, max(a.abs().max().item() for a, _ in pairs if a.numel())
+
+
+def assert_equal_to(one, folder, name, precision):
+    other = torch.load(folder / f"{name}.pt")
+    difference, largest = largest_difference(one["weights"], other["weights"])
+    assert difference < (1e-9 if precision == "fp64" else 1e-5 * largest)
+    for row, found in zip(one["metrics"], other["metrics"], strict=True):
+        assert row == pytest.approx(found, rel=1e-9 if precision == "fp64" else 1e-4)
+
+
+def assert_drawn_once(folder, name, ranks):
+    """Each sample's noise is drawn on one rank alone, differs from the others', and all ranks agree on exit steps."""
+    found = [torch.load(folder / f"{name}.{rank}.pt") for rank in range(ranks)]
+    steps = []
+    for each in zip(*found, strict=True):
+        noise = {}
+        for rank in each:
+            assert not noise.keys() & rank["noise"].keys()
+            noise |= rank["noise"]
+            assert set(rank["exits"]) == set(each[0]["exits"])
+        assert len({tensor.sum().item() for tensor in noise.values()}) == len(noise)
+        steps.append(noise)
+    return steps
+
+
+def test_two_ranks_equal_one(tiny, launch):
+    common = ("precision=fp64", *BATCH, "batch.global=4", "latents.frames=3", "ema.generator.start=1")
+    jobs = {name: (tiny(), (*common, *POLICIES[name]), 2) for name in ("fsdp", "ddp", "mixed")}
+    folder = launch(2, jobs)
+    one = torch.load(launch(1, {"one": jobs["fsdp"]}) / "one.pt")
+    for name in jobs:
+        assert_equal_to(one, folder, name, "fp64")
+        assert_drawn_once(folder, name, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+def test_four_ranks_equal_one_after_ten_steps(tiny, launch, precision):
+    common = (f"precision={precision}", *BATCH)
+    folder = launch(4, {name: (tiny(), (*common, *policy), 10) for name, policy in POLICIES.items()})
+    one = torch.load(launch(1, {"one": (tiny(), common, 10)}) / "one.pt")
+    for name in POLICIES:
+        assert_equal_to(one, folder, name, precision)
+
+
+@pytest.mark.slow
+def test_no_split_of_a_batch_changes_anything(tiny, launch):
+    splits = {world: launch(world, {"split": (tiny(), ("precision=fp64", *BATCH), 3)}) for world in (1, 2, 4, 8)}
+    one = torch.load(splits[1] / "split.pt")
+    noise = assert_drawn_once(splits[1], "split", 1)
+    for world in (2, 4, 8):
+        assert_equal_to(one, splits[world], "split", "fp64")
+        for mine, theirs in zip(noise, assert_drawn_once(splits[world], "split", world), strict=True):
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(tensor, theirs[place]) for place, tensor in mine.items())
