@@ -26,6 +26,7 @@ from sftk.runtime.optim import make_optimizer
 from sftk.runtime.parallelize import Sharding, limit_recompiles, parallelize
 from sftk.runtime.port import make_port
 from sftk.runtime.segments import compile_segments
+from sftk.runtime.sequence import SequenceGroup, share_sequence
 from sftk.runtime.shards import local, rows
 from sftk.spec.arrangement import policies
 from sftk.spec.fetch import missing_files
@@ -136,7 +137,7 @@ def _build(stage: Stage, role: str, weights: Path | None, mesh: Mesh, device: to
     offload = sharding is not None and sharding.offload
 
     def wrap(module: nn.Module) -> nn.Module:
-        module = module.to("cpu") if offload and not _on_meta(module) else module
+        module = _share(module.to("cpu") if offload and not _on_meta(module) else module, mesh)
         checkpoint = recipe.models[role].checkpoint
         return parallelize(module, checkpoint=checkpoint, compile_blocks=compiled, sharding=sharding)
 
@@ -156,7 +157,7 @@ def _copy(stage: Stage, role: str, source: nn.Module, mesh: Mesh) -> nn.Module:
     recipe, sharding = stage.recipe, _sharding(stage.recipe, role, mesh)
     parameter = next(source.parameters())
     with torch.device("meta"):
-        module = construct(recipe, role).to(parameter.dtype)
+        module = _share(construct(recipe, role).to(parameter.dtype), mesh)
     module = parallelize(module, sharding=sharding).to_empty(device=parameter.device)
     given = source.state_dict()
     with torch.no_grad():
@@ -174,6 +175,12 @@ def _sharding(recipe: Recipe, role: str, mesh: Mesh) -> Sharding | None:
     half = recipe.precision == "bf16" and recipe.models[role].dtype == "fp32"
     gather = torch.bfloat16 if half else None
     return Sharding(mesh=mesh.weights(role), reshard=policy.reshard is not False, offload=offload, gather=gather)
+
+
+def _share(module: nn.Module, mesh: Mesh) -> nn.Module:
+    """The module, which computes its part of each sample where several ranks share one."""
+    group = mesh.sequence_group
+    return module if group is None else share_sequence(module, SequenceGroup.of(group))
 
 
 def _on_meta(module: nn.Module) -> bool:

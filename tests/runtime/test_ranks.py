@@ -27,6 +27,9 @@ POLICIES = {
         "models.real_score.parallel={shard: 1, offload: true}",
     ),
     "whole": ("batch.per_rank=null",),
+    "sequence_2": ("parallel.sequence=2",),
+    "sequence_4": ("parallel.sequence=4", "parallel.shard=2", "models.generator.checkpoint=full"),
+    "sequence_2_ddp": ("parallel.sequence=2", "parallel.shard=1"),
 }
 
 
@@ -119,8 +122,10 @@ def test_two_ranks_equal_one(tiny, launch):
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
 def test_four_ranks_equal_one_after_ten_steps(tiny, launch, precision):
     common = (f"precision={precision}", *BATCH)
-    folder = launch(4, {name: (tiny(), (*common, *policy), 10) for name, policy in POLICIES.items()})
-    one = torch.load(launch(1, {"one": (tiny(), common, 10)}) / "one.pt")
+    recipe = tiny()
+    recipe.write_text(recipe.read_text().replace("num_heads: 2", "num_heads: 4"))
+    folder = launch(4, {name: (recipe, (*common, *policy), 10) for name, policy in POLICIES.items()})
+    one = torch.load(launch(1, {"one": (recipe, common, 10)}) / "one.pt")
     for name in POLICIES:
         assert_equal_to(one, folder, name, precision)
 

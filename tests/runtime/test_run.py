@@ -143,7 +143,7 @@ def test_stages_through_the_command(tiny, tmp_path, monkeypatch):
         "version: 1\nstages:\n  - {name: first, recipe: tiny.yaml, with: {phases.critic.every: 2}}\n"
         "  - {name: last, recipe: tiny.yaml, with: {models.generator.weights: first/generator}}\n"
     )
-    overrides = ["train.steps=1", "first.train.steps=2", "first.optimizers.generator.lr=0.01"]
+    overrides = ["train.steps=1", "ema.generator.start=0", "first.train.steps=2", "first.optimizers.generator.lr=0.01"]
     result = CliRunner().invoke(main, ["run", "both.yaml", *overrides, "--run-dir", "run"])
     assert result.exit_code == 0, result.output
     run = RunDir(tmp_path / "run")
