@@ -26,7 +26,7 @@ class Exchange(Protocol):
         """x itself, a whole tensor that every rank uses for its own tokens: what the ranks send back is summed."""
         ...
 
-    def to_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All tokens of this rank's heads, [B, F T, Hr, D] each, from all heads of its tokens, [B, F Tr, H, D]."""
         ...
 
@@ -41,7 +41,7 @@ class OneRank:
     Example:
         >>> import torch
         >>> x = torch.zeros(1, 4, 2, 8)
-        >>> OneRank().to_heads(x)[0] is x
+        >>> OneRank().to_tokens(x) is x
         True
     """
 
@@ -54,8 +54,8 @@ class OneRank:
     def shared(self, x: Tensor) -> Tensor:
         return x
 
-    def to_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tensors
+    def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return q, k, v
 
     def to_tokens(self, x: Tensor) -> Tensor:
         return x

@@ -91,3 +91,20 @@ class TokenSplit:
         """Elements that come from each rank and go to each, for `split_tokens` of so many."""
         each = sent // self.tokens
         return [each * self.sizes[self.rank]] * self.degree, [each * size for size in self.sizes]
+
+
+def degree_problem(degree: int, heads: int, tokens: int | None = None) -> str | None:
+    """What is wrong with a degree for a model of so many heads and frames of so many tokens, or None.
+
+    Example:
+        >>> degree_problem(8, heads=12)
+        'sequence 8 does not divide 12 attention heads; take one of 1, 2, 3, 4, 6, 12'
+        >>> degree_problem(4, heads=12, tokens=3)
+        'sequence 4 is more than the 3 tokens of a frame; take one of 1, 2, 3'
+    """
+    fits = ", ".join(str(n) for n in range(1, min(heads, tokens or heads) + 1) if heads % n == 0)
+    if heads % degree:
+        return f"sequence {degree} does not divide {heads} attention heads; take one of {fits}"
+    if tokens is not None and degree > tokens:
+        return f"sequence {degree} is more than the {tokens} tokens of a frame; take one of {fits}"
+    return None

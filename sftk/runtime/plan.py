@@ -26,7 +26,7 @@ def plan_stage(
 
     Args:
         stage: from `load_recipe`.
-        gpus: ranks; each has samples of its own.
+        gpus: ranks; so many as the recipe's `parallel.sequence` says share samples, the others have their own.
         gpu_name: see `sftk.runtime.plan_rates`.
         sharding: `replicate` holds everything on each rank, `fsdp` shards weights, gradients and optimiser over all of them,
             `hsdp` over those of a node. None takes replicate for one GPU, fsdp for one node and hsdp beyond.
@@ -46,9 +46,11 @@ def plan_stage(
     if sharding is None:
         sharding = "replicate" if gpus == 1 else "fsdp" if gpus <= node else "hsdp"
     device = gpu(gpu_name)
-    batch = stage.recipe.batch
+    batch, sequence = stage.recipe.batch, stage.recipe.parallel.sequence
     try:
-        per_rank, accumulation = batch.split(gpus)
+        if gpus % sequence:
+            raise ValueError(f"parallel.sequence {sequence} does not divide {gpus} GPUs")
+        per_rank, accumulation = batch.split(gpus // sequence)
     except ValueError as error:
         raise SpecError(f"{error}; change --gpus, batch.global or batch.per_rank") from error
     micro = attrs.evolve(batch, per_rank=per_rank, global_=per_rank * accumulation)

@@ -28,7 +28,7 @@ class PhasePlan:
         caches: bytes of cached keys and values. gradients: bytes.
         peak: most bytes of the whole process in this phase.
         tflop: of one update on one rank, 10^12 floating-point operations. attention: the share of attention in them.
-        communication: bytes that a rank sends in one update.
+        communication: bytes that a rank sends in one update; `exchanged`: of these, to ranks that share its samples.
         seconds: one update; communication is not hidden in it. communication_seconds: that part.
     """
 
@@ -41,6 +41,7 @@ class PhasePlan:
     tflop: float
     attention: float
     communication: float
+    exchanged: float
     seconds: float
     communication_seconds: float
 
@@ -96,7 +97,8 @@ def arrange(
     per_rank, accumulation = recipe.batch.split()
     flash = any(model.backend == "flash" for model in recipe.models.values())
     phases = tuple(
-        _phase(phase, measured, static, gpus, shards, device, accumulation, slower, flash, node) for phase in measured.phases
+        _phase(phase, measured, static, gpus, shards, device, accumulation, slower, flash, node, recipe.parallel.sequence)
+        for phase in measured.phases
     )
     return Plan(
         stage=stage.name,
@@ -128,12 +130,15 @@ def _phase(
     slower: float,
     flash: bool,
     node: int,
+    sequence: int,
 ) -> PhasePlan:
     work = phase.work
     gradients = sum(measured.roles[role].parameters * measured.roles[role].bytes_each for role in phase.roles)
     sent = communication(phase, measured, gpus, shards, accumulation)
-    inside = gpus <= node
-    sending = sent / ((device.link if inside else NETWORK) * 1e9)
+    exchanged = accumulation * work.sent
+    sending = sum(
+        size / ((device.link if ranks <= node else NETWORK) * 1e9) for size, ranks in ((sent, gpus), (exchanged, sequence))
+    )
     forward = device.flash if flash else device.attention
     backward = device.flash_backward if flash else device.attention_backward
     compute = work.gemm / device.gemm + work.attention / forward + work.attention_backward / backward
@@ -150,7 +155,8 @@ def _phase(
         peak=static + most,
         tflop=accumulation * work.flops / 1e12,
         attention=(work.attention + work.attention_backward) / max(work.flops, 1.0),
-        communication=sent,
+        communication=sent + exchanged,
+        exchanged=exchanged,
         seconds=busy + sending,
         communication_seconds=sending,
     )

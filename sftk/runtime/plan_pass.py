@@ -19,6 +19,7 @@ from sftk.runtime.parallelize import parallelize
 from sftk.runtime.plan_blocks import Active, measure_blocks
 from sftk.runtime.plan_trace import HalfPrecision, Trace, Work
 from sftk.runtime.port import make_port
+from sftk.runtime.sequence import SequenceGroup, share_sequence
 from sftk.runtime.shapes import meta_batch
 from sftk.spec.recipe import Stage
 from sftk.spec.schema import Recipe
@@ -108,6 +109,7 @@ def pass_stage(stage: Stage) -> StagePass:
         if half is not None:
             for block in getattr(model, "blocks", ()):
                 half.around(block)
+        share_sequence(model, SequenceGroup(name="", rank=0, degree=recipe.parallel.sequence))
         measure_blocks(parallelize(model, checkpoint=section.checkpoint), active)
         models[role] = model
     outputs: dict[str, dict[str, Any]] = {}

@@ -16,6 +16,8 @@ from torch.utils.flop_counter import flop_registry
 
 from sftk.functional.meta_attention import BACKWARD_OP, FORWARD_OP, attention_flops
 
+ALL_TO_ALL, WAIT = "_c10d_functional::all_to_all_single", "_c10d_functional::wait_tensor"
+
 
 @attrs.define
 class Work:
@@ -25,12 +27,14 @@ class Work:
         gemm: floating-point operations of matrix products and convolutions.
         attention, attention_backward: of attention.
         moved: bytes that all other operations read and write, each tensor once an operation.
+        sent: bytes that go to other ranks, which share the pass's tokens.
     """
 
     gemm: float = 0.0
     attention: float = 0.0
     attention_backward: float = 0.0
     moved: float = 0.0
+    sent: float = 0.0
 
     def add(self, other: Work, times: float = 1.0) -> None:
         """Adds other work, `times` over."""
@@ -87,7 +91,10 @@ class Trace(TorchDispatchMode):
             self.work.attention_backward += attention_flops(name, args)
         elif func._overloadpacket in flop_registry:
             self.work.gemm += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
-        elif name.startswith("aten::empty"):
+        elif name == ALL_TO_ALL:
+            tensor, _, splits, _ = args
+            self.work.sent += tensor.nbytes * (1 - splits[0] / sum(splits))  # what the first rank keeps does not travel
+        elif name.startswith(("aten::empty", WAIT)):
             return
         elif any(made) or name.rstrip("_") != name or name.startswith("aten::_foreach"):
             read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_meta]

@@ -14,7 +14,6 @@ that averages over all ranks, as FSDP and DDP do, has to multiply by the degree.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from sftk.errors import SpecError
-from sftk.functional.token_split import TokenSplit
+from sftk.functional.token_split import TokenSplit, degree_problem
 from sftk.models.branch import ClassifierBranch
 from sftk.models.wan import WanModel
 
@@ -75,12 +74,12 @@ def share_sequence(model: nn.Module, group: SequenceGroup) -> nn.Module:
         >>> share_sequence(WanModel(preset("digits")), SequenceGroup(name="", rank=0, degree=2))
         Traceback (most recent call last):
         ...
-        sftk.errors.SpecError: a sequence degree of 2 does not divide 3 heads; take one of 1, 3
+        sftk.errors.SpecError: sequence 2 does not divide 3 attention heads; take one of 1, 3
     """
     if group.degree == 1:
         return model
     if isinstance(model, WanModel):
-        problem = heads_problem(model.config.num_heads, group.degree)
+        problem = degree_problem(group.degree, model.config.num_heads)
         if problem is not None:
             raise SpecError(problem)
         model.exchange = group
@@ -89,22 +88,9 @@ def share_sequence(model: nn.Module, group: SequenceGroup) -> nn.Module:
     return model
 
 
-def heads_problem(heads: int, degree: int) -> str | None:
-    """What is wrong with a degree for so many heads, or None.
-
-    Example:
-        >>> heads_problem(12, 8)
-        'a sequence degree of 8 does not divide 12 heads; take one of 1, 2, 3, 4, 6, 12'
-    """
-    if heads % degree == 0:
-        return None
-    fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-    return f"a sequence degree of {degree} does not divide {heads} heads; take one of {fits}"
-
-
 @dataclasses.dataclass(frozen=True)
 class TokenExchange:
-    """The `Exchange` of one pass, over a process group; on meta tensors nothing is sent.
+    """The `Exchange` of one pass, over a process group; on meta tensors shapes are enough and nothing is sent.
 
     Args:
         name: of the process group.
@@ -115,19 +101,30 @@ class TokenExchange:
     split: TokenSplit
 
     def part(self, x: Tensor) -> Tensor:
-        return _linear(self._cut, self._gather, x)[0]
+        return self._apply("_cut", "_gather", x)[0]
 
     def whole(self, x: Tensor) -> Tensor:
-        return _linear(self._gather, self._cut, x)[0]
+        return self._apply("_gather", "_cut", x)[0]
 
     def shared(self, x: Tensor) -> Tensor:
-        return _linear(_same, self._sum, x)[0] if x.requires_grad else x
+        return self._apply("_same", "_sum", x)[0] if x.requires_grad else x
 
-    def to_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return _linear(self._tokens_to_heads, self._heads_to_tokens, *tensors)
+    def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self._apply("_tokens_to_heads", "_heads_to_tokens", q, k, v)
+        return q, k, v
 
     def to_tokens(self, x: Tensor) -> Tensor:
-        return _linear(self._heads_to_tokens, self._tokens_to_heads, x)[0]
+        return self._apply("_heads_to_tokens", "_tokens_to_heads", x)[0]
+
+    def _apply(self, there: str, back: str, x: Tensor, y: Tensor | None = None, z: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Applies a linear map between the ranks' tensors; `back` takes gradients from its results to its arguments."""
+        # Dynamo traces no Function that has a forward mode; in forward mode blocks run eagerly.
+        forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+        function = _ForwardMode if forward_mode else _Linear
+        return function.apply(self, there, back, x, y, z)  # pyright: ignore[reportReturnType]
+
+    def _same(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x.view_as(x),)
 
     def _cut(self, x: Tensor) -> tuple[Tensor, ...]:
         return (self.split.part(x),)
@@ -151,46 +148,36 @@ class TokenExchange:
         return self.split.join_heads(received, tensors[0].shape, len(tensors))
 
     def _send(self, sent: Tensor, come: list[int], go: list[int]) -> Tensor:
-        if sent.is_meta:
-            return sent.new_empty(sum(come))
         op = torch.ops._c10d_functional
         return op.wait_tensor(op.all_to_all_single(sent, come, go, self.name))
 
 
-Map = Callable[..., tuple[Tensor, ...]]
-
-
-def _linear(there: Map, back: Map, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Applies a linear map between the ranks' tensors; `back` takes gradients from its results to its arguments."""
-    # Dynamo traces no Function that has a forward mode; in forward mode blocks run eagerly.
-    forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-    return (_ForwardMode if forward_mode else _Linear).apply(there, back, *tensors)  # pyright: ignore[reportReturnType]
-
-
 class _Linear(torch.autograd.Function):
-    """A linear map and its transpose, which may be differentiated again: the transpose's transpose is the map."""
+    """A linear map and its transpose, which may be differentiated again: the transpose's transpose is the map.
+
+    Maps are methods of an exchange, named, of one or three tensors: Dynamo traces a Function of so many arguments, but neither
+    one of any number nor one that is given a function.
+    """
 
     @staticmethod
-    def forward(there: Map, back: Map, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return there(*tensors)
+    def forward(exchange: TokenExchange, there: str, back: str, x: Tensor, y: Any, z: Any) -> tuple[Tensor, ...]:
+        return getattr(exchange, there)(*((x,) if y is None else (x, y, z)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.there, ctx.back = inputs[:2]
+        ctx.exchange, ctx.there, ctx.back = inputs[:3]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return None, None, *_Linear.apply(ctx.back, ctx.there, *grads)  # pyright: ignore[reportGeneralTypeIssues]
+        rest = (None,) * (3 - len(grads))
+        found = _Linear.apply(ctx.exchange, ctx.back, ctx.there, *grads, *rest)
+        return None, None, None, *found, *rest  # pyright: ignore[reportGeneralTypeIssues]
 
 
 class _ForwardMode(_Linear):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
-        return ctx.there(*tangents[2:])
-
-
-def _same(x: Tensor) -> tuple[Tensor, ...]:
-    return (x.view_as(x),)
+        return getattr(ctx.exchange, ctx.there)(*(tangent for tangent in tangents[3:] if tangent is not None))
 
 
 def _count_once(branch: ClassifierBranch, degree: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 
 from sftk.errors import Problem, SpecError
+from sftk.functional.token_split import degree_problem
 from sftk.spec.parallel import ModelParallel, Shard
 from sftk.spec.schema import AUTO, Recipe
 
@@ -98,20 +99,23 @@ def count_shards(policy: ModelParallel, ranks: int, node: int) -> int:
     return ranks if shard == "all" else min(node, ranks) if shard == "node" else shard
 
 
-def head_problems(recipe: Recipe) -> list[Problem]:
-    """Models whose attention heads a sequence group cannot share out.
+def sequence_problems(recipe: Recipe) -> list[Problem]:
+    """Models whose attention heads or tokens a sequence group cannot share out.
 
     Example:
         >>> from sftk.spec.recipe import load_recipe
-        >>> head_problems(load_recipe("recipes/dmd.yaml")[0].recipe)
+        >>> sequence_problems(load_recipe("recipes/dmd.yaml")[0].recipe)
         []
     """
-    sequence = recipe.parallel.sequence
-    found = []
+    found, latents = [], recipe.latents
     for role, model in recipe.models.items():
-        if model.size is not None and model.size != AUTO and model.config.num_heads % sequence:
-            message = f"sequence {sequence} does not divide the {model.config.num_heads} attention heads of {role!r}"
-            found.append(Problem(path=("parallel", "sequence"), message=message))
+        if model.size is None or model.size == AUTO:
+            continue
+        _, rows, columns = model.config.patch_size
+        tokens = (latents.height // rows) * (latents.width // columns)
+        problem = degree_problem(recipe.parallel.sequence, model.config.num_heads, tokens)
+        if problem is not None:
+            found.append(Problem(path=("parallel", "sequence"), message=f"{problem} ({role!r})"))
     return found
 
 

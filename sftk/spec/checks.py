@@ -13,7 +13,7 @@ from sftk.data.builtins import BUILTINS
 from sftk.data.sources import SOURCES, data_keys, data_problems
 from sftk.errors import Problem, SpecError, did_you_mean
 from sftk.models.branch import ClassifierBranch
-from sftk.spec.arrangement import head_problems
+from sftk.spec.arrangement import sequence_problems
 from sftk.spec.data_files import named_files
 from sftk.spec.document import Document
 from sftk.spec.fetch import download_of
@@ -43,7 +43,7 @@ class Checks:
         self._data()
         self._fetch()
         self._names()
-        self.problems += [self.document.locate(problem) for problem in head_problems(self.recipe)]
+        self.problems += [self.document.locate(problem) for problem in sequence_problems(self.recipe)]
         seen: dict[str, tuple[PhaseSection, Graph | None]] = {}
         for index, phase in enumerate(self.recipe.phases):
             self._phase(phase, index, seen)

@@ -54,13 +54,11 @@ def randomised(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-def backbone(
-    heads: int, group: SequenceGroup | None, seed: int = 0, *, checkpoint: str = "none", compiled: bool = False, **changes: Any
-) -> Any:
+def backbone(heads: int, group: SequenceGroup | None, seed: int = 0, *, checkpoint: str = "none", **changes: Any) -> Any:
     model = randomised(WanModel(config(heads, **changes)), seed)
     if group is not None:
         share_sequence(model, group)
-    return parallelize(model, checkpoint=checkpoint, compile_blocks=compiled)
+    return parallelize(model, checkpoint=checkpoint)
 
 
 def inputs(frames: int, height: int = 6, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,6 +192,25 @@ def forward_mode(heads: int, group: SequenceGroup | None) -> Results:
     latents, timestep, embeds = inputs(2)
     flow, tangent = flow_tangent(model, latents, timestep, embeds, latents.sin(), timestep / 2)
     return {"flow": flow, "tangent": tangent}
+
+
+@case
+def compiled(heads: int, group: SequenceGroup | None) -> Results:
+    """Blocks compiled without a break, one graph for each kind of call, however often the model is called."""
+    model, noise, embeds = backbone(heads, group, checkpoint="full"), inputs(6)[0], inputs(6)[2]
+    if group is not None:
+        for block in model.blocks:
+            block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    torch._dynamo.reset()
+    graph = Graph.from_spec("specs/rollout.yaml", steps=(1000, 500), frames_per_block=2, window=4)
+    counts = []
+    for update in range(3):
+        key = Key(seed=1, update=update, samples=(0, 1))
+        out = graph({"noise": noise, "prompt_embeds": embeds, "key": key}, models={"denoiser": model})
+        weighed(out["x0"]).backward()
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[1] == counts[2], counts
+    return {"x0": out["x0"]} | gradients(model=model)
 
 
 def run_rank(rank: int, store: str, folder: Path, degrees: list[int], names: list[str]) -> None:

@@ -22,6 +22,7 @@ from sftk.runtime.plan_blocks import Active, measure_blocks
 from sftk.runtime.plan_layout import GIB
 from sftk.runtime.plan_pass import pass_stage
 from sftk.runtime.plan_trace import Trace
+from sftk.runtime.sequence import SequenceGroup, share_sequence
 from sftk.spec.recipe import load_recipe
 
 BENCHMARK = "benchmarks/dmd_1.3b.yaml"
@@ -35,11 +36,11 @@ def inputs(device="meta", frames=FRAMES):
     return [torch.empty(size, device=device) for size in sizes]
 
 
-def traced(checkpoint="none", layout=None, measured=True):
+def traced(checkpoint="none", layout=None, measured=True, sequence=1):
     """A training pass of one model: its trace."""
     active = Active(Trace())
     with torch.device("meta"):
-        model = WanModel(CONFIG)
+        model = share_sequence(WanModel(CONFIG), SequenceGroup(name="", rank=0, degree=sequence))
     parallelize(model, checkpoint=checkpoint)
     if measured:
         measure_blocks(model, active)
@@ -104,6 +105,18 @@ def test_a_layout_computes_only_pairs_that_see_each_other():
     cross = CONFIG.num_layers * 4 * CONFIG.dim * TOKENS * TEXT
     share = float(layout.frame_mask().float().mean())
     assert causal.work.attention - cross == pytest.approx(share * (full.work.attention - cross))
+
+
+def test_ranks_that_share_a_sequence_halve_its_work_and_send_heads():
+    alone, shared = traced(), traced(sequence=2)
+    assert shared.work.attention == alone.work.attention / 2
+    assert shared.work.attention_backward == alone.work.attention_backward / 2
+    # q, k, v there and the result back, in both directions: half of a rank's elements leave it. Then its part of the flow.
+    here = TOKENS // 2
+    block = 4 * here * CONFIG.dim // 2
+    assert shared.work.sent == 4 * (2 * CONFIG.num_layers * block + here * 16)
+    assert alone.work.sent == 0
+    assert 0.4 < shared.peak(0.0) / alone.peak(0.0) < 0.65
 
 
 def test_what_blocks_return_is_what_they_would():
@@ -200,6 +213,20 @@ def test_a_checkpoint_is_advised(small):
     plan = plan_stage(stage)
     assert not plan.fits
     assert "checkpoint: full on denoiser would make it fit" in plan.advice
+
+
+def test_a_sequence_group_shares_work_and_caches(small):
+    changes = ["parallel.sequence=3", "batch.global=8", "batch.per_rank=1"]
+    (stage,) = load_recipe("recipes/digits/dmd.yaml", changes)
+    alone, shared = plan_stage(attrs.evolve(small), gpus=8), plan_stage(stage, gpus=24)
+    assert shared.accumulation == alone.accumulation == 1
+    for one, part in zip(alone.phases, shared.phases, strict=True):
+        assert one.tflop / 3.5 < part.tflop < one.tflop / 2.5  # 16 tokens of a frame: 6, 5, 5
+        assert one.caches / 3.1 < part.caches < one.caches / 2.5  # the text's are whole
+        assert 0 < part.exchanged < part.communication
+        assert one.exchanged == 0
+    with pytest.raises(SpecError, match=r"parallel\.sequence 3 does not divide 8 GPUs"):
+        plan_stage(stage, gpus=8)
 
 
 def test_a_batch_that_does_not_split_is_an_error(small):

@@ -67,7 +67,7 @@ def test_ranks_together_equal_one_alone(found, name, degree):
 @pytest.mark.parametrize(("degree", "fits"), [(2, "1, 3"), (4, "1, 3")])
 def test_a_degree_that_does_not_divide_the_heads(make_model, degree, fits):
     model = make_model(num_heads=3)
-    with pytest.raises(SpecError, match=f"sequence degree of {degree} does not divide 3 heads; take one of {fits}"):
+    with pytest.raises(SpecError, match=f"sequence {degree} does not divide 3 attention heads; take one of {fits}"):
         share_sequence(model, SequenceGroup(name="", rank=0, degree=degree))
 
 

@@ -41,7 +41,7 @@ def test_every_reason_is_reported_with_its_path():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("parallel.sequence=5", "sequence 5 does not divide the 12 attention heads of 'generator'"),
+        ("parallel.sequence=5", "sequence 5 does not divide 12 attention heads; take one of 1, 2, 3, 4, 6, 12 .'generator'"),
         ("parallel.shard=0", "shard must be at least 1, found 0"),
         ("parallel.shard=nodes", "found"),
         ("models.generator.parallel.shards=2", "unknown key 'shards'"),
