@@ -97,6 +97,8 @@ def checkpointed(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     if forward_ad._current_level >= 0:  # torch 2.11's checkpoint has no forward mode
         return block(*args, **kwargs)
+    if torch.compiler.is_compiling():  # blocks that need the exact attention are not compiled
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
     return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=recompute_contexts, **kwargs)
 
 

@@ -19,6 +19,20 @@ def call(model):
     return flow.detach(), {name.replace("_checkpoint_wrapped_module.", ""): p.grad for name, p in model.named_parameters()}
 
 
+@pytest.fixture
+def dynamo():
+    import torch._dynamo
+
+    config = torch._dynamo.config
+    names = ("recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit")
+    before = {name: getattr(config, name) for name in names}
+    torch._dynamo.reset()
+    yield config
+    for name, value in before.items():
+        setattr(config, name, value)
+    torch._dynamo.reset()
+
+
 def test_checkpointing_keeps_names_values_and_gradients(make_model):
     plain = make_model()
     wrapped = parallelize(copy.deepcopy(plain), checkpoint="full")
@@ -37,25 +51,23 @@ def test_checkpointing_recomputes(make_model):
     assert len(calls) == 2
 
 
+def test_checkpointed_blocks_compile(make_model, dynamo):
+    plain = make_model()
+    wrapped = parallelize(copy.deepcopy(plain), checkpoint="full")
+    for block in wrapped.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    (flow, gradients), (same, recomputed) = call(plain), call(wrapped)
+    torch.testing.assert_close(same, flow, rtol=1e-12, atol=1e-12)
+    for name, gradient in gradients.items():
+        if gradient is not None:
+            torch.testing.assert_close(recomputed[name], gradient, rtol=1e-9, atol=1e-12)
+
+
 def test_plain_is_left_alone(make_model):
     model = make_model()
     before = list(model.blocks)
     assert parallelize(model) is model
     assert all(one is other for one, other in zip(before, model.blocks, strict=True))
-
-
-@pytest.fixture
-def dynamo():
-    import torch._dynamo
-
-    config = torch._dynamo.config
-    names = ("recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit")
-    before = {name: getattr(config, name) for name in names}
-    torch._dynamo.reset()
-    yield config
-    for name, value in before.items():
-        setattr(config, name, value)
-    torch._dynamo.reset()
 
 
 def test_the_recompile_limit_is_an_error(dynamo):
