@@ -32,17 +32,18 @@ def found(tmp_path_factory, request):
     script = str(Path(__file__).with_name("sequence_cases.py"))
     what = [str(folder / "store"), str(folder), ",".join(map(str, degrees)), ",".join(names)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
+    said = [(folder / f"{rank}.txt").open("w+") for rank in range(max(degrees))]
     ranks = [
-        subprocess.Popen([sys.executable, script, str(rank), *what], env=env, stderr=subprocess.PIPE, text=True)
-        for rank in range(max(degrees))
+        subprocess.Popen([sys.executable, script, str(rank), *what], env=env, stderr=file) for rank, file in enumerate(said)
     ]
     try:
-        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+        codes = [rank.wait(timeout=1000) for rank in ranks]
     finally:
-        for rank in ranks:
+        for rank, file in zip(ranks, said, strict=True):
             rank.kill()
             rank.wait()
-    assert [rank.returncode for rank in ranks] == [0] * len(ranks), "\n".join(errors)
+            file.close()
+    assert codes == [0] * len(ranks), "\n".join((folder / f"{rank}.txt").read_text() for rank in range(len(ranks)))
     return folder
 
 
