@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import attrs
 import click
 
+from sftk.errors import SpecError
+from sftk.runtime.evaluators import evaluation_problems
+from sftk.runtime.launch import Launch, launch, processes
 from sftk.runtime.run import run_recipe
+from sftk.runtime.rundir import RunDir, open_run
 from sftk.runtime.study import run_study
-from sftk.spec.recipe import find_document, is_study
+from sftk.spec.arrangement import arrange_ranks
+from sftk.spec.recipe import find_document, is_study, load_recipe
 
 
 @click.command()
@@ -23,15 +30,70 @@ from sftk.spec.recipe import find_document, is_study
     "--resume", is_flag=True, help="Go on from the last checkpoint; without one, start afresh. A study goes on without it, too."
 )
 @click.option("--jobs", "-j", type=click.IntRange(1), help="Of a study: most runs at a time [default: 1].")
-def run(recipe: str, overrides: tuple[str, ...], run_dir: Path | None, resume: bool, jobs: int | None) -> None:
+@click.option("--nproc", metavar="N|auto", help="Processes on this node; auto is one for each GPU [default: this one].")
+@click.option("--nnodes", default=1, show_default=True, type=click.IntRange(1), help="Nodes, on each of which this is started.")
+@click.option("--node-rank", type=click.IntRange(0), help="Of this node; node 0 hosts the meeting place.")
+@click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where the nodes meet.")
+@click.option(
+    "--max-restarts",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="How often to go on from the last checkpoint when a process dies.",
+)
+def run(
+    recipe: str,
+    overrides: tuple[str, ...],
+    run_dir: Path | None,
+    resume: bool,
+    jobs: int | None,
+    nproc: str | None,
+    nnodes: int,
+    node_rank: int | None,
+    rdzv_endpoint: str | None,
+    max_restarts: int,
+) -> None:
     """Train what RECIPE says, evaluate it and write a report.
 
     RECIPE is looked up in the working directory, then in the package: `sftk run recipes/dmd.yaml train.steps=100`.
     It may also be a study, a file with a `matrix` of recipes, which are then run side by side.
+
+    With --nproc this starts that many processes; under torchrun or srun, each process is started with this command as it is.
     """
-    if is_study(find_document(recipe)[1]):
-        run_study(recipe, overrides, run_dir=run_dir, jobs=jobs or 1)
-    elif jobs is not None:
+    study = is_study(find_document(recipe)[1])
+    if jobs is not None and not study:
         raise click.UsageError("--jobs is for studies; this recipe is one run")
+    if nproc is None:
+        if nnodes > 1 or node_rank is not None or rdzv_endpoint is not None or max_restarts:
+            raise click.UsageError(
+                "--nnodes, --node-rank, --rdzv-endpoint and --max-restarts are for several processes: add --nproc"
+            )
+        if study:
+            run_study(recipe, overrides, run_dir=run_dir, jobs=jobs or 1)
+        else:
+            run_recipe(recipe, overrides, run_dir=run_dir, resume=resume)
+        return
+    if study:
+        raise click.UsageError("--nproc is for one run; a study runs each of its rows in one process")
+    options = Launch(
+        nproc=processes(nproc), nnodes=nnodes, node_rank=node_rank, endpoint=rdzv_endpoint, max_restarts=max_restarts
+    )
+    if nnodes > 1 and run_dir is None:
+        raise click.UsageError("several nodes write to one folder that all of them see; name it with --run-dir")
+    sys.exit(_launch(recipe, overrides, run_dir, resume, options))
+
+
+def _launch(recipe: str, overrides: tuple[str, ...], run_dir: Path | None, resume: bool, options: Launch) -> int:
+    """Checks the recipe once, for these ranks, and starts the processes."""
+    for stage in load_recipe(recipe, overrides, check=evaluation_problems):
+        try:
+            arrange_ranks(stage.recipe, options.ranks, options.nproc)
+        except SpecError as error:
+            raise SpecError([stage.document.locate(problem) for problem in error.problems]) from error
+    if options.nnodes == 1:
+        run = open_run(Path(recipe).stem, run_dir, resume)
     else:
-        run_recipe(recipe, overrides, run_dir=run_dir, resume=resume)
+        assert run_dir is not None
+        run = RunDir(run_dir)
+    arguments = ["run", recipe, *overrides, "--run-dir", str(run.root), *(["--resume"] if resume else [])]
+    return launch(arguments, options, attrs.evolve(run, writes=False))

@@ -18,6 +18,7 @@ from sftk.data.digits_classifier import load_classifier
 from sftk.data.digits_metrics import evaluate_clips, evaluate_real
 from sftk.data.sources import source
 from sftk.runtime.media import can_write_mp4, contact_sheet, to_uint8, video_grid, write_gif, write_mp4
+from sftk.runtime.mesh import Mesh
 from sftk.runtime.sampling import (
     AnyStudentSampling,
     StudentSampling,
@@ -101,11 +102,13 @@ class DigitsEvaluator:
         options: what is judged.
         frames: length of a training clip, and of every window that is judged unless the options say another.
         device: where sampling runs.
+        mesh: the ranks, which share the clips.
     """
 
     options: DigitsEvaluation
     frames: int
     device: torch.device
+    mesh: Mesh = attrs.field(factory=Mesh.single)
 
     def __attrs_post_init__(self) -> None:
         self.frames = self.options.frames or self.frames
@@ -129,7 +132,8 @@ class DigitsEvaluator:
         seed = self.options.seed if seed is None else seed
         shape = (frames, *self._shape)
         data = source("digits")
-        latents = sample_latents(graph, port, prompts, data, shape, seed=seed, device=self.device, batch=self.options.batch)
+        batch = self.options.batch
+        latents = sample_latents(graph, port, prompts, data, shape, seed=seed, device=self.device, batch=batch, mesh=self.mesh)
         assert data.decode is not None
         return data.decode(latents)
 
@@ -185,9 +189,8 @@ class DigitsEvaluator:
             ports: caption to ("teacher" or "student", port).
 
         Returns:
-            caption to frames [N, F, 16, 16].
+            caption to frames [N, F, 16, 16]; nothing on other ranks than the first.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         prompts = [prompt_text(digit, direction) for digit, direction in zip((3, 8, 0, 5, 7, 2), DIRECTIONS * 2, strict=False)]
         prompts = prompts[: self.options.sample_prompts]
         if not prompts:
@@ -198,6 +201,9 @@ class DigitsEvaluator:
             else self.student(port, max(self.frames, self.options.late_frames or 0), prompts, seed=7)
             for caption, (kind, port) in ports.items()
         }
+        if not self.mesh.first:
+            return {}
+        folder.mkdir(parents=True, exist_ok=True)
         for caption, (kind, _) in ports.items():
             if kind == "student":
                 frames = np.stack([to_uint8(video) for video in videos[caption]])

@@ -16,7 +16,7 @@ from sftk.spec.schema import Recipe
 
 @attrs.frozen(kw_only=True)
 class Evaluator:
-    """Options class of an evaluator, and what makes it: `make(options, frames, device)`."""
+    """Options class of an evaluator, and what makes it: `make(options, frames, device, mesh)`. Every rank calls it."""
 
     options: type[Any]
     make: Callable[..., Any]

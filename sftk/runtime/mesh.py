@@ -23,7 +23,7 @@ Public: `Mesh` (`rank`, `world`, `first`, `device`, `data_rank`, `data_world`, `
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import attrs
 import torch
@@ -145,19 +145,11 @@ class Mesh:
 
     def share(self, value: T) -> T:
         """What the first rank has, on every rank; it is pickled."""
-        if self.world == 1:
-            return value
-        held = [value]
-        dist.broadcast_object_list(held, src=0)
-        return held[0]
+        return self.world_.share(value)
 
     def gather(self, value: T) -> list[T]:
         """What each rank has, by rank, on every rank; it is pickled."""
-        if self.world == 1:
-            return [value]
-        found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, value)
-        return found
+        return self.world_.gather(value)
 
     def wait(self, name: str) -> None:
         """Waits until every rank is here, however long that takes: for one that makes data, say.

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sftk.core.graph import Graph
+from sftk.runtime.shards import local
 
 
 def find_nonfinite(graph: Graph, values: Mapping[str, Any], models: Mapping[str, Any]) -> str | None:
@@ -24,18 +25,16 @@ def find_nonfinite(graph: Graph, values: Mapping[str, Any], models: Mapping[str,
         >>> find_nonfinite(graph, {"x0": torch.ones(1), "noise": torch.full((1,), torch.inf)}, {})
         "the input 'noise'"
     """
-    for key, value in values.items():
-        if not _finite(value):
-            return f"the input {key!r}"
+    found = [f"the input {key!r}" for key, value in values.items() if not _finite(value)]
     for role, port in models.items():
         for name, parameter in getattr(port, "module", port).named_parameters() if hasattr(port, "module") else ():
-            if not _finite(parameter):
-                return f"the weight {name!r} of {role!r}"
+            if not _finite(local(parameter)):
+                found.append(f"the weight {name!r} of {role!r}")
     with torch.no_grad():
-        for node, key, value in graph.trace(values, models):
-            if not _finite(value):
-                return f"{key!r}, written by {node.op.name!r}"
-    return None
+        for node, key, value in graph.trace(values, models):  # to its end, as sharded models need every rank
+            if not found and not _finite(value):
+                found.append(f"{key!r}, written by {node.op.name!r}")
+    return found[0] if found else None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 from rich.console import Console
 
@@ -19,9 +21,10 @@ from sftk.runtime.evaluators import EVALUATORS, evaluation_enabled, evaluation_o
 from sftk.runtime.prepare import prepare_data
 from sftk.runtime.progress import TrainingProgress
 from sftk.runtime.report import write_report
-from sftk.runtime.rundir import RunDir, open_run, write_text
+from sftk.runtime.rundir import RunDir, open_run
 from sftk.runtime.stage import StageRun, saved_weights
 from sftk.runtime.tracking import JsonlTracker, MultiTracker, TensorBoardTracker, Tracker, WandbTracker
+from sftk.runtime.world import World, joined, redirect_output, restarts
 from sftk.spec.convert import unstructure
 from sftk.spec.dump import dump_yaml
 from sftk.spec.recipe import FROM_PYTHON, Stage, load_recipe
@@ -38,6 +41,9 @@ def run_recipe(
 ) -> RunDir:
     """Trains, evaluates and reports what a recipe says; `sftk run` is this function.
 
+    Under torchrun or srun it is called by every process, and each does its part; the first writes and reports, what the
+    others print goes to `logs/rank_<rank>.log` in the run's folder.
+
     Args:
         recipe: a file, looked up in the working directory and then in the package, or a mapping that says what one would.
         overrides: `key.path=value`.
@@ -52,31 +58,44 @@ def run_recipe(
     Raises:
         SpecError: the recipe is wrong; nothing was written.
         NonFiniteError: a loss became NaN or infinite.
+        DistributedError: a process is missing.
         Interrupted: a signal stopped the run after a checkpoint.
     """
     stages = load_recipe(recipe, overrides, check=evaluation_problems, graphs=graphs)
     name = FROM_PYTHON if isinstance(recipe, Mapping) else Path(str(recipe)).stem
-    run = open_run(name, run_dir, resume)
-    write_text(run.recipe, _resolved(stages))
-    console = console or Console()
+    first = stages[0].recipe
+    with joined(first.device, first.parallel.timeout) as world:
+        resume = resume or max(world.gather(restarts())) > 0
+        run = world.told_by_first(lambda: open_run(name, run_dir, resume))
+        run = attrs.evolve(run, writes=world.rank == 0)
+        if world.rank:
+            redirect_output(run.log(world.rank))
+        return _run_stages(stages, name, run, resume, world, console or Console())
+
+
+def _run_stages(stages: Sequence[Stage], name: str, run: RunDir, resume: bool, world: World, console: Console) -> RunDir:
+    run.write_text(run.recipe.name, _resolved(stages))
     earlier: dict[str, Path] = {}
-    seconds = dict(run.read("seconds.json") or {}) if resume else {}
+    seconds = dict(world.told_by_first(lambda: run.read("seconds.json")) or {}) if resume else {}
     summary: dict[str, Any] = {}
-    with TrainingProgress(console) as progress:
+    with TrainingProgress(console, enabled=run.writes) as progress:
         for stage in stages:
-            summary = _run_stage(stage, run, earlier, seconds, resume, progress, last=stage is stages[-1])
-            earlier |= saved_weights(stage, run.checkpoints(stage.name))
+            summary = _run_stage(stage, run, earlier, seconds, resume, progress, world, last=stage is stages[-1])
+            earlier |= world.told_by_first(functools.partial(saved_weights, stage, run.checkpoints(stage.name)))
     facts = {
         "recipe": name,
         "sftk": sftk.__version__,
         "torch": torch.__version__,
         "seed": stages[-1].recipe.seed,
+        "ranks": world.size,
         "steps": {stage.name: stage.recipe.train.steps for stage in stages},
         "seconds": {key: round(value, 1) for key, value in seconds.items()},
     }
     run.write("summary.json", facts | summary)
-    report = write_report(run.root)
-    console.print(f"finished: {report}", soft_wrap=True)
+    if run.writes:
+        report = write_report(run.root)
+        console.print(f"finished: {report}", soft_wrap=True)
+    world.wait("report")
     return run
 
 
@@ -87,18 +106,20 @@ def _run_stage(
     seconds: dict[str, float],
     resume: bool,
     progress: TrainingProgress,
+    world: World,
     *,
     last: bool,
 ) -> dict[str, Any]:
     """Trains one stage and, for the last one, evaluates it."""
     prepare_data(stage, progress)
-    training = StageRun(stage, run.checkpoints(stage.name), earlier)
+    world.wait("data")
+    training = StageRun(stage, run.checkpoints(stage.name), earlier, world)
     _note_bad(training, progress)
     evaluation = _Evaluation(stage, training, run, progress) if last and evaluation_enabled(stage.recipe) else None
     if evaluation is not None:
         evaluation.before()
     done = training.resume() if resume else 0
-    if not training.done:
+    if not training.done and run.writes:
         JsonlTracker.truncate(run.metrics, stage.name, done)
     progress.stage(stage.name, stage.recipe.train.steps, done)
     tracker = _tracker(stage, run, done)
@@ -135,17 +156,18 @@ class _Evaluation:
         self.options = evaluation_options(stage.document, stage.recipe)
         assert stage.recipe.eval is not None
         make = EVALUATORS[stage.recipe.eval.use].make
-        self.evaluator = make(self.options, stage.recipe.latents.frames, training.built.device)
+        built = training.built
+        self.evaluator = make(self.options, stage.recipe.latents.frames, built.device, built.mesh)
 
     def before(self) -> None:
         """Judges the student as the stage finds it, once; a resumed run reads what it wrote."""
         options = self.options
         if options.student is None or not options.before or self.stage.recipe.models[options.student].weights is None:
             return
-        if self.run.read("student_before.json") is None:
+        if self.training.world.told_by_first(lambda: self.run.read("student_before.json")) is None:
             self.progress.note("evaluating the student before training")
             port = self.training.built.ports[options.student]
-            with torch.compiler.set_stance("force_eager"):
+            with torch.compiler.set_stance("force_eager"), self.training.built.averaged():
                 self.run.write("student_before.json", self.evaluator.student_row(port))
 
     def after(self, tracker: Tracker) -> dict[str, Any]:
@@ -170,7 +192,7 @@ class _Evaluation:
             samples["teacher"] = ("teacher", port)
         if options.student is not None:
             port = built.ports[options.student]
-            before = self.run.read("student_before.json") if options.before else None
+            before = self.run.read("student_before.json") if options.before and self.run.writes else None
             if before is not None:
                 rows["student_before"] = before
             rows["student_after"] = self.evaluator.student_row(port, drift=True)
@@ -183,6 +205,8 @@ class _Evaluation:
 
 
 def _tracker(stage: Stage, run: RunDir, done: int) -> MultiTracker:
+    if not run.writes:
+        return MultiTracker([])
     trackers: list[Tracker] = [JsonlTracker(run.metrics, stage.name)]
     track = stage.recipe.track
     if track.tensorboard:

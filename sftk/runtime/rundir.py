@@ -19,9 +19,11 @@ class RunDir:
 
     Args:
         root: the folder itself.
+        writes: whether this process writes: the first rank of a run.
     """
 
     root: Path
+    writes: bool = True
 
     @property
     def recipe(self) -> Path:
@@ -51,6 +53,10 @@ class RunDir:
         """A stage's TensorBoard events."""
         return self.root / "tensorboard" / stage
 
+    def log(self, rank: int) -> Path:
+        """What a rank other than the first prints."""
+        return self.root / "logs" / f"rank_{rank}.log"
+
     def read(self, name: str) -> Any:
         """A JSON file of the run, or None."""
         path = self.root / name
@@ -58,7 +64,12 @@ class RunDir:
 
     def write(self, name: str, value: Any) -> None:
         """Writes a JSON file; it is complete or not there."""
-        write_text(self.root / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a file; it is complete or not there."""
+        if self.writes:
+            write_text(self.root / name, text)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import attrs
@@ -13,6 +13,7 @@ from sftk.core.graph import Graph
 from sftk.data.sources import DataSource
 from sftk.errors import Problem, SpecError
 from sftk.functional.keys import Key
+from sftk.runtime.mesh import Mesh
 from sftk.spec.graphs import load_graph
 
 
@@ -126,8 +127,11 @@ def sample_latents(
     device: torch.device,
     batch: int = 64,
     extra: Mapping[str, Tensor] | None = None,
+    mesh: Mesh | None = None,
 ) -> Tensor:
     """Latents for prompts, each with noise keyed by its place in the list, so that the batch size does not matter.
+
+    Several ranks share the prompts. Each makes the same number of passes, as sharded models need every rank in each.
 
     Args:
         graph: from `student_graph` or `teacher_graph`.
@@ -138,23 +142,40 @@ def sample_latents(
         seed: of the noise.
         batch: prompts in one pass.
         extra: further inputs of the graph, [N, ...] each, such as `initial_latents`.
+        mesh: the ranks; None is one.
 
     Returns:
-        [N, F, C, H, W] float32, on the CPU.
+        [N, F, C, H, W] float32, on the CPU; the same on every rank.
     """
     assert data.embed is not None
     found = []
-    for start in range(0, len(prompts), batch):
-        part = list(prompts[start : start + batch])
-        key = Key(seed=seed, phase="sample", samples=tuple(range(start, start + len(part))))
+    mesh = mesh or Mesh.single(device)
+    for places in shared_places(len(prompts), batch, mesh.data_rank, mesh.data_world):
+        part = [prompts[place] for place in places]
+        key = Key(seed=seed, phase="sample", samples=places)
         values: dict[str, Any] = {
             "key": key,
             "noise": key.normal("noise", shape, device=device),
             "prompt_embeds": data.embed(part).to(device),
             "negative_embeds": data.embed([""] * len(part)).to(device),
         }
-        values |= {name: tensor[start : start + len(part)].to(device) for name, tensor in (extra or {}).items()}
+        values |= {name: tensor[list(places)].to(device) for name, tensor in (extra or {}).items()}
         wanted = (*graph.inputs, *graph.optional)
         x0 = graph.run({name: value for name, value in values.items() if name in wanted}, {"denoiser": denoiser})["x0"]
         found.append(x0.float().cpu())
-    return torch.cat(found)
+    return torch.cat(mesh.gather(torch.cat(found))[:: mesh.sequence])[: len(prompts)]
+
+
+def shared_places(count: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[tuple[int, ...]]:
+    """Which of `count` places a rank works on in each pass; where the last ranks run out, they repeat the last place.
+
+    Example:
+        >>> [list(shared_places(7, 2, rank, 3)) for rank in range(3)]
+        [[(0, 1), (2,)], [(3, 4), (5,)], [(6, 6), (6,)]]
+        >>> list(shared_places(5, 2))
+        [(0, 1), (2, 3), (4,)]
+    """
+    each = -(-count // world)
+    for start in range(rank * each, (rank + 1) * each, batch):
+        stop = min(start + batch, (rank + 1) * each)
+        yield tuple(min(place, count - 1) for place in range(start, stop))

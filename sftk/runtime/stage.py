@@ -16,11 +16,13 @@ from sftk.runtime.build import Built, WeightFinder, build_stage
 from sftk.runtime.checkpoint import checkpoint_step, last_checkpoint, load_checkpoint, save_checkpoint
 from sftk.runtime.device import pick_device
 from sftk.runtime.loader import make_loader
+from sftk.runtime.mesh import make_mesh
 from sftk.runtime.meter import Meter, first_nonfinite
 from sftk.runtime.probe import find_nonfinite
 from sftk.runtime.progress import TrainingProgress
 from sftk.runtime.step import TrainingStep
 from sftk.runtime.tracking import Tracker
+from sftk.runtime.world import World
 from sftk.spec.recipe import Stage
 
 
@@ -40,18 +42,22 @@ class StageRun:
         stage: what to train.
         folder: of its checkpoints.
         earlier: weights that stages before it left.
+        world: the processes of the run.
     """
 
     stage: Stage
     folder: Path
     earlier: WeightFinder
+    world: World = attrs.field(factory=World)
     built: Built = attrs.field(init=False)
     step: int = attrs.field(init=False, default=0)
     loader: Any = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.built = build_stage(self.stage, pick_device(self.stage.recipe.device), self.earlier)
-        self.loader = make_loader(self.stage.recipe, self.stage.path)
+        recipe, device = self.stage.recipe, pick_device(self.stage.recipe.device)
+        mesh = make_mesh(recipe, self.world, device)
+        self.built = build_stage(self.stage, device, self.earlier, mesh)
+        self.loader = make_loader(recipe, self.stage.path, rank=mesh.data_rank, world=mesh.data_world)
 
     @property
     def done(self) -> bool:
@@ -123,8 +129,9 @@ class StageRun:
         section = next(p for p in self.stage.recipe.phases if p.name == phase)
         graph = self.stage.graphs[phase]
         models = {port: self.built.ports[section.models.get(port, port)] for port in graph.ports}
-        found = (find_nonfinite(graph, values, models) for values in run_step.recent[step, phase])
-        culprit = next(filter(None, found), None)
+        # Every rank runs everything, however early it finds something: the others need it for sharded weights.
+        mine = [find_nonfinite(graph, values, models) for values in run_step.recent[step, phase]]
+        culprit = next(filter(None, (found for each in self.built.mesh.gather(mine) for found in each)), None)
         saved = last_checkpoint(self.folder)
         good = f"the last good checkpoint is {saved}" if saved else "no checkpoint was saved before"
         where = (

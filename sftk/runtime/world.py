@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
 
 import attrs
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from sftk.errors import DistributedError
+from sftk.errors import DistributedError, SftkError
+
+T = TypeVar("T")
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
@@ -122,6 +127,42 @@ class World:
         while not self.store.check([f"{key}/done"]):
             time.sleep(_POLL)
 
+    def share(self, value: T) -> T:
+        """What the first process has, in every process; it is pickled."""
+        if self.size == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def gather(self, value: T) -> list[T]:
+        """What each process has, by rank, in every process; it is pickled."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def told_by_first(self, ask: Callable[[], T]) -> T:
+        """What the first process finds out, in every process: what files say may differ from one moment to the next.
+
+        Raises:
+            SftkError: what it raises, in every process.
+        """
+        if self.size == 1:
+            return ask()
+        found: tuple[Any, SftkError | None] = (None, None)
+        if self.rank == 0:
+            try:
+                found = ask(), None
+            except SftkError as error:
+                found = None, error
+        value: Any
+        value, failure = self.share(found)
+        if failure is not None:
+            raise failure
+        return value
+
     def form_group_of_one(self, device: torch.device) -> None:
         """Makes a process group of this process alone, which FSDP2 needs to offload a model."""
         if self.size == 1 and not dist.is_initialized():
@@ -148,6 +189,26 @@ def joined(device: str, minutes: float) -> Iterator[World]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def restarts() -> int:
+    """How often torchrun's agent has started this process again after a failure.
+
+    Example:
+        >>> restarts()
+        0
+    """
+    return _number(os.environ, "TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def redirect_output(log: Path) -> None:
+    """Sends everything that this process prints, libraries included, to a file's end from now on."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
 
 
 def _already(device: str) -> World:
