@@ -65,9 +65,7 @@ def run(
         raise click.UsageError("--jobs is for studies; this recipe is one run")
     if nproc is None:
         if nnodes > 1 or node_rank is not None or rdzv_endpoint is not None or max_restarts:
-            raise click.UsageError(
-                "--nnodes, --node-rank, --rdzv-endpoint and --max-restarts are for several processes: add --nproc"
-            )
+            raise click.UsageError("--nnodes, --node-rank, --rdzv-endpoint and --max-restarts need --nproc")
         if study:
             run_study(recipe, overrides, run_dir=run_dir, jobs=jobs or 1)
         else:

@@ -28,6 +28,7 @@ SMALL = (
     "train.steps=2",
     "batch.global=2",
     "checkpoint.every=1",
+    "ema.generator.start=0",
     "phases.generator.every=2",
     "eval.with.clips=4",
     "eval.with.batch=4",

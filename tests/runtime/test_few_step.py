@@ -92,7 +92,7 @@ def test_a_reward_rises_when_it_is_trained_for():
 def test_built_in_roles_are_frozen_and_leave_no_checkpoint(tmp_path):
     from sftk.runtime.stage import StageRun
 
-    (stage,) = load_recipe("recipes/digits/dmd_reward.yaml", [*SMALL, "train.steps=1", "eval=null"])
+    (stage,) = load_recipe("recipes/digits/dmd_reward.yaml", [*SMALL, "train.steps=1", "eval=null", "ema.generator.start=0"])
     run = StageRun(stage, tmp_path, {})
     before = [p.clone() for p in run.built.ports["reward"].parameters()]
     TrainingStep(stage.recipe, run.built, iter(run.loader))(0)
