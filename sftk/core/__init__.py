@@ -4,6 +4,7 @@ from sftk.core.fold import Fold
 from sftk.core.geometry import LatentShape, split_blocks
 from sftk.core.graph import Graph
 from sftk.core.registry import lookup, transforms
+from sftk.core.replay import Tape, is_replayable, replayed
 from sftk.core.state import from_state, to_state
 from sftk.core.transform import FunctionTransform, Node, Transform, transform
 
@@ -13,9 +14,12 @@ __all__ = [
     "Graph",
     "LatentShape",
     "Node",
+    "Tape",
     "Transform",
     "from_state",
+    "is_replayable",
     "lookup",
+    "replayed",
     "split_blocks",
     "to_state",
     "transform",

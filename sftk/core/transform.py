@@ -77,7 +77,14 @@ class FunctionTransform(Transform):
     """A plain function made a transform by `@transform`; calling it calls the function."""
 
     def __init__(
-        self, fn: Callable[..., Any], out: tuple[str, ...], kind: Kind, ports: tuple[str, ...], example: Any, check: Any
+        self,
+        fn: Callable[..., Any],
+        out: tuple[str, ...],
+        kind: Kind,
+        ports: tuple[str, ...],
+        example: Any,
+        check: Any,
+        replay: bool = False,
     ):
         parameters = inspect.signature(fn).parameters
         positional = [p for p in parameters.values() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
@@ -94,7 +101,7 @@ class FunctionTransform(Transform):
         self.inputs = tuple(a for a in self.arguments if parameters[a].default is inspect.Parameter.empty)
         self.optional = tuple(a for a in self.arguments if a not in self.inputs)
         self.options = {p.name: p for p in parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        self.example, self.check = example, check
+        self.example, self.check, self.replay = example, check, replay
         hints = typing.get_type_hints(fn)
         self.tensors_only = all(hints.get(name) in (Tensor, Tensor | None) for name in self.arguments)
         self.__doc__ = fn.__doc__
@@ -169,6 +176,7 @@ def transform(
     models: tuple[str, ...] = (),
     example: Callable[..., Mapping[str, Any]] | None = None,
     check: Callable[[Mapping[str, Any], int | None], Iterable[tuple[str, str]]] | None = None,
+    replay: bool = False,
 ) -> Callable[[Callable[..., Any]], FunctionTransform]:
     """Makes a function a registered transform.
 
@@ -181,6 +189,7 @@ def transform(
         example: `example(batch, randn)` returns arguments and options on which the laws are tested; `randn(*shape)` draws.
         check: `check(options, frames)` yields (option, message) for values that fit their types but not one another, before
             anything runs; `frames` is the number of latent frames, or None when that is not known.
+        replay: its backward pass may run later, from its inputs, see `sftk.core.replayed`.
 
     Raises:
         SpecError: the name is already registered.
@@ -197,7 +206,7 @@ def transform(
     outputs = (out,) if isinstance(out, str) else tuple(out)
 
     def decorate(fn: Callable[..., Any]) -> FunctionTransform:
-        made = FunctionTransform(fn, outputs, kind, tuple(models), example, check)
+        made = FunctionTransform(fn, outputs, kind, tuple(models), example, check, replay)
         registry.register(made.name, made)
         return made
 

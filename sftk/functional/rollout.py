@@ -85,7 +85,7 @@ def denoise_step(
     return flow_to_x0(noisy, flow, timestep_to_sigma(timestep, schedule, shift)), kv
 
 
-@transform(out=("x0", "kv"), kind="per_sample", models=("denoiser",), example=_exit_example)
+@transform(out=("x0", "kv"), kind="per_sample", models=("denoiser",), example=_exit_example, replay=True)
 def exit_step(
     denoiser: Denoiser,
     noisy: Tensor,
