@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -44,7 +43,7 @@ def replayed(graph: Graph) -> tuple[Graph, Tape]:
         >>> model.weight.grad is None, len(tape)
         (True, 1)
         >>> tape.pull_back()
-        >>> model.weight.grad
+        >>> print(model.weight.grad)
         tensor([[3., 4.]])
         >>> registry.unregister("slow_step")
     """
@@ -78,13 +77,12 @@ class Tape:
             run: the step.
             given: everything that the step reads.
         """
+        gradients: dict[int, Tensor] = {}
         with torch.no_grad():
             values, structure = pytree.tree_flatten(run())
-        leaves = [value.detach().requires_grad_() if _differentiable(value) else value for value in values]
-        # Leaves that nobody uses (keys and values of an exit step, say) must not outlive the graph's own interest in them.
-        places = {index: weakref.ref(leaf) for index, leaf in enumerate(leaves) if _differentiable(leaf)}
+        leaves = [_leaf(value, index, gradients) for index, value in enumerate(values)]
         linked = any(isinstance(value, Tensor) and value.requires_grad for value in pytree.tree_leaves(given))
-        self._records.append(_Record(run=run, leaves=places, linked=linked))
+        self._records.append(_Record(run=run, gradients=gradients, linked=linked))
         return pytree.tree_unflatten(leaves, structure)
 
     def pull_back(self, before_last: Callable[[], None] | None = None) -> None:
@@ -110,27 +108,37 @@ class Tape:
 
 @attrs.frozen(kw_only=True, eq=False)
 class _Record:
-    """One step: how to run it, where the gradients of its outputs are, whether its inputs hang on earlier leaves."""
+    """One step: how to run it, the gradients of its outputs so far, whether its inputs hang on earlier leaves."""
 
     run: Callable[[], dict[str, Any]]
-    leaves: Mapping[int, weakref.ref[Tensor]]
+    gradients: dict[int, Tensor]
     linked: bool
 
     def pull_back(self) -> None:
-        gradients: dict[int, Tensor] = {}
-        for index, place in self.leaves.items():
-            leaf = place()
-            if leaf is not None and leaf.grad is not None:
-                gradients[index], leaf.grad = leaf.grad, None
-        if not gradients:
+        if not self.gradients:
             return
         with torch.enable_grad():
             values = pytree.tree_leaves(self.run())
-        found = [(values[index], gradient) for index, gradient in gradients.items() if values[index].requires_grad]
+        found = [(values[index], gradient) for index, gradient in self.gradients.items() if values[index].requires_grad]
         if found:
             outputs, cotangents = zip(*found, strict=True)
             # What lies between two steps (a key that was passed on straight through) is differentiated once for each later step.
             torch.autograd.backward(outputs, cotangents, retain_graph=self.linked)
+
+
+def _leaf(value: Any, index: int, gradients: dict[int, Tensor]) -> Any:
+    """The value as a leaf whose gradient goes to `gradients`. Only the graph keeps it alive: most outputs are not used."""
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        return value
+
+    def keep(leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        gradients[index] = gradients[index] + leaf.grad if index in gradients else leaf.grad
+        leaf.grad = None
+
+    leaf = value.detach().requires_grad_()
+    leaf.register_post_accumulate_grad_hook(keep)
+    return leaf
 
 
 class _Recorded(Transform):
@@ -166,7 +174,3 @@ def _recorded(nodes: Sequence[Node], tape: Tape) -> list[Node]:
 
 def _replays(node: Node) -> bool:
     return node.grad and isinstance(node.op, FunctionTransform) and node.op.replay
-
-
-def _differentiable(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()

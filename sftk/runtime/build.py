@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sftk.core.graph import Graph
+from sftk.core.replay import Tape, replayed
 from sftk.data.builtins import builtin
 from sftk.errors import CheckpointError
 from sftk.models.branch import ClassifierBranch
@@ -32,7 +33,7 @@ from sftk.spec.arrangement import policies
 from sftk.spec.fetch import missing_files
 from sftk.spec.files import find_file
 from sftk.spec.recipe import Stage
-from sftk.spec.schema import ModelSection, Recipe
+from sftk.spec.schema import ModelSection, PhaseSection, Recipe
 
 WeightFinder = Mapping[str, Path]
 """`<stage>/<role>` to the weight file that the stage left."""
@@ -49,6 +50,7 @@ class Built:
         optimizers: role to optimiser.
         syncs: role to what sums its gradients over the ranks, for roles in `modules`.
         graphs: phase to graph, compiled where the recipe says so.
+        tapes: phase to what its graph leaves for after the loss's backward pass.
         device: where they live.
         mesh: the ranks.
     """
@@ -59,6 +61,7 @@ class Built:
     optimizers: dict[str, torch.optim.Optimizer]
     syncs: dict[str, GradientSync]
     graphs: dict[str, Graph]
+    tapes: dict[str, Tape]
     device: torch.device
     mesh: Mesh
 
@@ -117,7 +120,11 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder, mesh:
     syncs = {role: GradientSync(module, mesh, whole=whole) for role, module in modules.items()}
     if compiled:
         limit_recompiles()
-    graphs = {name: compile_segments(graph) if compiled else graph for name, graph in stage.graphs.items()}
+    graphs: dict[str, Graph] = {}
+    tapes: dict[str, Tape] = {}
+    for phase in recipe.phases:
+        graph, tapes[phase.name] = training_graph(phase, stage.graphs[phase.name])
+        graphs[phase.name] = compile_segments(graph) if compiled else graph
     return Built(
         modules=modules,
         emas=emas,
@@ -125,9 +132,15 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder, mesh:
         optimizers=optimizers,
         syncs=syncs,
         graphs=graphs,
+        tapes=tapes,
         device=device,
         mesh=mesh,
     )
+
+
+def training_graph(phase: PhaseSection, graph: Graph) -> tuple[Graph, Tape]:
+    """A phase's graph as it is trained, and the tape to pull back after the loss's backward pass (empty without replay)."""
+    return replayed(graph) if phase.backward == "replay" else (graph, Tape())
 
 
 def _build(stage: Stage, role: str, weights: Path | None, mesh: Mesh, device: torch.device, compiled: bool) -> nn.Module:

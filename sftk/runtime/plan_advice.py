@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 
+from sftk.core.replay import is_replayable
 from sftk.runtime.plan_layout import GIB, Plan, Sharding, arrange
 from sftk.runtime.plan_pass import StagePass, pass_stage
 from sftk.runtime.plan_rates import gpu
@@ -17,11 +18,12 @@ WORTH = 0.05
 
 @attrs.frozen(kw_only=True)
 class Change:
-    """A change of settings: roles to checkpoint or to hold in bf16, an 8-bit optimiser, GPUs to shard over."""
+    """A change of settings: roles to checkpoint or to hold in bf16, phases to replay, an 8-bit optimiser, GPUs to shard over."""
 
     text: str = ""
     checkpoint: tuple[str, ...] = ()
     half: tuple[str, ...] = ()
+    replay: tuple[str, ...] = ()
     eight_bit: bool = False
     gpus: int = 0
 
@@ -33,16 +35,17 @@ class _Trials:
     stage: Stage
     plan: Plan
     node: int
-    measured: dict[tuple[tuple[str, ...], tuple[str, ...]], StagePass]
+    measured: dict[tuple[tuple[str, ...], ...], StagePass]
 
     def peak(self, change: Change) -> float:
-        recipe, kind = self.stage.recipe, (change.checkpoint, change.half)
+        recipe, kind = self.stage.recipe, (change.checkpoint, change.half, change.replay)
         models = dict(recipe.models)
         for role in change.checkpoint:
             models[role] = attrs.evolve(models[role], checkpoint="full")
         for role in change.half:
             models[role] = attrs.evolve(models[role], dtype="bf16")
-        tried = attrs.evolve(self.stage, recipe=attrs.evolve(recipe, models=models))
+        phases = tuple(attrs.evolve(p, backward="replay") if p.name in change.replay else p for p in recipe.phases)
+        tried = attrs.evolve(self.stage, recipe=attrs.evolve(recipe, models=models, phases=phases))
         if kind not in self.measured:
             self.measured[kind] = pass_stage(tried)
         gpus, sharding = max(change.gpus, self.plan.gpus), _sharding(change, self.plan)
@@ -61,20 +64,24 @@ def advise(stage: Stage, measured: StagePass, plan: Plan, node: int) -> tuple[st
     backbones = {role: model for role, model in recipe.models.items() if model.size is not None}
     wasteful = tuple(role for role, model in backbones.items() if role in trained and model.checkpoint == "none")
     frozen = tuple(role for role, model in backbones.items() if role not in trained and model.dtype == "fp32")
+    kept = tuple(p.name for p in recipe.phases if p.backward == "graph" and is_replayable(stage.graphs[p.name]))
     options = []
     if wasteful:
         options.append(Change(text="checkpoint: full on " + ", ".join(wasteful), checkpoint=wasteful))
+    if kept:
+        options.append(Change(text="backward: replay in " + ", ".join(kept), replay=kept))
     if frozen:
         options.append(Change(text="dtype: bf16 on " + ", ".join(frozen), half=frozen))
     if not plan.eight_bit:
         options.append(Change(text="an 8-bit optimiser (--eight-bit)", eight_bit=True))
     if plan.sharding == "replicate" and plan.gpus > 1:
         options.append(Change(text=f"sharding over the {plan.gpus} GPUs (--sharding fsdp)", gpus=plan.gpus))
-    trials = _Trials(stage, plan, node, {((), ()): measured})
+    trials = _Trials(stage, plan, node, {((), (), ()): measured})
     found = [f"{change.text} would make it fit" for change in options if trials.peak(change) <= plan.budget]
     if not found:
         together = " and ".join(change.text for change in options)
-        everything = Change(checkpoint=wasteful, half=frozen, eight_bit=True, gpus=max((c.gpus for c in options), default=0))
+        gpus = max((c.gpus for c in options), default=0)
+        everything = Change(checkpoint=wasteful, half=frozen, replay=kept, eight_bit=True, gpus=gpus)
         if len(options) > 1 and trials.peak(everything) <= plan.budget:
             found.append(f"{together} together would make it fit")
         else:

@@ -14,7 +14,7 @@ from sftk.data.builtins import builtin
 from sftk.functional.keys import Key
 from sftk.models.branch import ClassifierBranch
 from sftk.models.weights import DTYPES
-from sftk.runtime.build import construct
+from sftk.runtime.build import construct, training_graph
 from sftk.runtime.parallelize import parallelize
 from sftk.runtime.plan_blocks import Active, measure_blocks
 from sftk.runtime.plan_trace import HalfPrecision, Trace, Work
@@ -135,7 +135,7 @@ def _pass_phase(
     outputs: dict[str, dict[str, Any]],
 ) -> PhasePass:
     recipe, phase = stage.recipe, stage.recipe.phases[index]
-    graph = stage.graphs[phase.name]
+    graph, tape = training_graph(phase, stage.graphs[phase.name])
     found = PhasePass(name=phase.name, every=phase.every, roles=phase.roles)
     for role, module in models.items():
         module.requires_grad_(role in phase.roles)
@@ -156,6 +156,7 @@ def _pass_phase(
                     trace.track(tensor)
             out = graph.run(values, ports)
             out[phase.loss].backward()
+            tape.pull_back()
         outputs[phase.name] = {key: v.detach() if isinstance(v, Tensor) else v for key, v in out.items()}
         exits = ExitKey.exits
         for gradients, alive in trace.peaks.items():

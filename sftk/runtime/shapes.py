@@ -14,7 +14,7 @@ from sftk.data.sources import source
 from sftk.errors import Problem, SpecError
 from sftk.functional.keys import Key
 from sftk.models.weights import DTYPES
-from sftk.runtime.build import construct
+from sftk.runtime.build import construct, training_graph
 from sftk.runtime.port import make_port
 from sftk.spec.recipe import Stage
 
@@ -53,7 +53,7 @@ def check_shapes(stage: Stage) -> list[PhaseShapes]:
     outputs: dict[str, dict[str, Any]] = {}
     found = []
     for index, phase in enumerate(recipe.phases):
-        graph = stage.graphs[phase.name]
+        graph, tape = training_graph(phase, stage.graphs[phase.name])
         for role, module in models.items():
             module.requires_grad_(role in phase.roles)
         roles = {port: phase.models.get(port, port) for port in graph.ports}
@@ -68,6 +68,7 @@ def check_shapes(stage: Stage) -> list[PhaseShapes]:
         try:
             out = graph.run(values, ports)
             out[phase.loss].backward()
+            tape.pull_back()
         except Exception as error:
             problem = Problem(path=("phases", index), message=f"the phase {phase.name!r} fails on meta tensors: {error}")
             raise SpecError([stage.document.locate(problem)]) from error

@@ -79,6 +79,7 @@ class TrainingStep:
             for sync in syncs:
                 sync.before_backward(last=micro + 1 == self.accumulation)
             loss.backward()
+            self.built.tapes[phase.name].pull_back()
             total = loss.detach() if total is None else total + loss.detach()
             weights = weight if weights is None else weights + weight
             for key, found in logged.items():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sftk.core.graph import Graph
+from sftk.core.replay import is_replayable
 from sftk.data.builtins import BUILTINS
 from sftk.data.sources import SOURCES, data_keys, data_problems
 from sftk.errors import Problem, SpecError, did_you_mean
@@ -201,6 +202,9 @@ class Checks:
                 where = (*place, "models", port) if port in phase.models else (*place, "graph")
                 hint = did_you_mean(role, recipe.models) or f"bind it with models: {{{port}: ...}}"
                 self._say(where, f"{phase.graph} needs the role {port!r}, but {role!r} is not a model of this recipe", hint)
+        if phase.backward == "replay" and not is_replayable(graph):
+            hint = "leave `backward` out; it serves graphs with a rollout"
+            self._say((*place, "backward"), f"{phase.graph} has no step that could be replayed", hint)
         self._inputs(phase, graph, place, seen)
         weight = f"{phase.loss}_weight"
         wanted = [("loss", phase.loss)] if phase.loss not in graph.outputs else [("loss", weight)]

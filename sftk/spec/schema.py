@@ -122,8 +122,9 @@ class PhaseSection:
     """One phase of a training step: a graph, the loss to minimise and the roles that it updates.
 
     `every: 5` runs it on each fifth step. `in` binds a graph input to a key of the data or to `<phase>.<output>` of an
-    earlier phase. `models` binds the graph's roles to the recipe's. `log` names further outputs to write down. Without
-    `graph`, Python gives one, see `run_recipe`.
+    earlier phase. `models` binds the graph's roles to the recipe's. `log` names further outputs to write down. `backward:
+    replay` runs the steps of a rollout without a graph, and again with one when the loss is known, see `sftk.core.replayed`.
+    Without `graph`, Python gives one, see `run_recipe`.
     """
 
     name: str = attrs.field(validator=_plain_name)
@@ -132,6 +133,7 @@ class PhaseSection:
     every: int = attrs.field(default=1, validator=at_least(1))
     loss: str = "loss"
     clip: float | None = attrs.field(default=None, validator=at_least(0))
+    backward: Literal["graph", "replay"] = "graph"
     in_: dict[str, str] = attrs.field(factory=dict)
     models: dict[str, str] = attrs.field(factory=dict)
     with_: dict[str, Any] = attrs.field(factory=dict)

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from sftk.core import Graph
+from sftk.core import Graph, replayed
 from sftk.errors import ShapeError, SpecError
 from sftk.functional import (
     Block,
@@ -216,6 +216,30 @@ def test_gradients_agree_with_and_without_checkpointing(model, randn, cache, con
     for found, expected in zip(wrapped[1], plain[1], strict=True):
         same(found, expected)
     assert max(g.abs().max() for g in plain[1]) > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("extra", [{}, {"grad_frames": 4}, {"output_frames": 3}, {"independent_first_frame": True}], ids=str)
+@pytest.mark.parametrize("context_gradient", ["detach", "straight_through"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_replay_gives_the_gradient_of_the_graph(model, randn, cache, context_gradient, extra, mode):
+    given = state(randn, frames=9 if "independent_first_frame" in extra else 8)
+    if not extra:
+        given["initial_latents"] = randn(2, 2, 4, 4, 4)
+    params = (
+        {"context_gradient": context_gradient, "context_noise": 50.0, "same_step_across_blocks": False} | CACHES[cache] | extra
+    )
+    x0, expected = gradients(copy.deepcopy(model), given, **params)
+    played, tape = replayed(rollout(**params))
+    wrapped = checkpointed(model, mode) if mode == "full" else copy.deepcopy(model)
+    out = played(given, {"denoiser": wrapped})
+    assert torch.equal(out["x0"], x0)
+    weight = torch.linspace(-1, 1, x0.numel(), dtype=torch.float64).view_as(x0)
+    (out["x0"] * weight).sum().backward()
+    assert all(p.grad is None for p in wrapped.parameters())
+    tape.pull_back()
+    for parameter, gradient in zip(wrapped.parameters(), expected, strict=True):
+        same(parameter.grad, gradient)
 
 
 def test_straight_through_differs_from_detach_in_gradient_alone(model, randn):

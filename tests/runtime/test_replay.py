@@ -1,0 +1,80 @@
+"""`backward: replay` in a run: the same training, memory that does not grow with the blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sftk.runtime.build import build_stage
+from sftk.runtime.loader import make_loader
+from sftk.runtime.plan_pass import pass_stage
+from sftk.runtime.step import TrainingStep
+from sftk.spec.recipe import load_recipe
+
+REPLAY = "phases.generator.backward=replay"
+
+
+def trained(recipe, *overrides, steps=3):
+    (stage,) = load_recipe(recipe, [*overrides, *(f"models.{m}.dtype=fp64" for m in ("generator", "real_score", "fake_score"))])
+    built = build_stage(stage, torch.device("cpu"), {})
+    step = TrainingStep(stage.recipe, built, iter(make_loader(stage.recipe)))
+    metrics = [step(index) for index in range(steps)]
+    return metrics, {f"{r}.{n}": t for r, module in built.modules.items() for n, t in module.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (),
+        ("batch.per_rank=1", "models.generator.checkpoint=full"),
+        ("phases.generator.with.context_gradient=straight_through",),
+        ("compile=true",),
+    ],
+    ids=["plain", "accumulated", "straight_through", "compiled"],
+)
+def test_training_is_the_same(tiny, changes):
+    recipe = tiny()
+    (plain, weights), (found, replayed) = trained(recipe, *changes), trained(recipe, *changes, REPLAY)
+    for a, b in zip(plain, found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(replayed, weights, rtol=1e-9, atol=1e-12)
+
+
+def test_the_objectives_that_differentiate_scores_too():
+    """SiD's gradient runs through both score models before it arrives at the rollout."""
+    small = ("latents.frames=6", "batch.global=2", "eval.enabled=false")
+    (plain, weights), (found, replayed) = (
+        trained("recipes/digits/sid.yaml", *small, *more, steps=1) for more in ((), (REPLAY,))
+    )
+    torch.testing.assert_close(found, plain, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(replayed, weights, rtol=1e-9, atol=1e-12)
+
+
+def generator_pass(frames, *overrides):
+    (stage,) = load_recipe("recipes/dmd.yaml", [f"latents.frames={frames}", "batch.global=4", *overrides])
+    (found,) = (phase for phase in pass_stage(stage).phases if phase.name == "generator")
+    return found
+
+
+def test_memory_grows_with_the_cache_alone():
+    """21 frames to 63 of which 21 are judged. A layer joins its context to its own keys: with sixteen, that is a small share."""
+    deep = (
+        "models.generator.size={dim: 96, ffn_dim: 384, num_heads: 3, num_layers: 16, in_dim: 4, out_dim: 4, freq_dim: 64, "
+        "text_dim: 32, text_len: 4}",
+        "models.generator.weights=null",
+        "models.generator.checkpoint=full",
+        "phases.generator.with.output_frames=21",
+    )
+    short, long = (generator_pass(frames, *deep, REPLAY) for frames in (21, 63))
+    grown, cache = long.peak() - short.peak(), long.caches - short.caches
+    assert 0.9 * cache < grown < 1.3 * cache
+    kept_short, kept_long = (generator_pass(frames, *deep) for frames in (21, 63))
+    assert kept_long.peak() - kept_short.peak() > 1.5 * grown
+    assert short.peak() < kept_short.peak()
+
+
+def test_plan_counts_the_passes_that_are_made_again():
+    plain, played = generator_pass(9), generator_pass(9, REPLAY)
+    assert played.calls["generator"] == plain.calls["generator"] + 3  # one for the exit step of each block
+    assert played.work.attention_backward == plain.work.attention_backward
+    assert played.work.flops > plain.work.flops
