@@ -122,7 +122,7 @@ class _Record:
         found = [(values[index], gradient) for index, gradient in self.gradients.items() if values[index].requires_grad]
         if found:
             outputs, cotangents = zip(*found, strict=True)
-            # What lies between two steps (a key that was passed on straight through) is differentiated once for each later step.
+            # What lies between two steps (keys that were passed on straight through) is differentiated once for each later one.
             torch.autograd.backward(outputs, cotangents, retain_graph=self.linked)
 
 

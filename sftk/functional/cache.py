@@ -71,14 +71,15 @@ class KVCache:
         """How many frames are cached."""
         return sum(len(chunk.positions) for chunk in self.chunks)
 
+    def parts(self, index: int) -> tuple[tuple[Tensor, Tensor], ...]:
+        """(k, v) of one layer in each chunk. Joining them copies, so a model does it where the copy is soon dropped."""
+        return tuple(chunk.layers[index] for chunk in self.chunks)
+
     def layer(self, index: int) -> tuple[Tensor, Tensor] | None:
         """(k, v) of one layer over all cached frames, or None when the cache is empty."""
-        if not self.chunks:
-            return None
-        if len(self.chunks) == 1:
-            return self.chunks[0].layers[index]
-        k = torch.cat([chunk.layers[index][0] for chunk in self.chunks], dim=1)
-        v = torch.cat([chunk.layers[index][1] for chunk in self.chunks], dim=1)
+        if len(self.chunks) < 2:
+            return self.chunks[0].layers[index] if self.chunks else None
+        k, v = (torch.cat(tensors, dim=1) for tensors in zip(*self.parts(index), strict=True))
         return k, v
 
 

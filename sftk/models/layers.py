@@ -91,7 +91,7 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         text: Tensor | None,
         text_kv: tuple[Tensor, Tensor] | None,
-        past: tuple[Tensor, Tensor] | None,
+        past: tuple[tuple[Tensor, Tensor], ...],
         past_rope: tuple[Tensor, Tensor] | None,
         mask: Mask,
         backend: Backend,
@@ -104,7 +104,8 @@ class Block(nn.Module):
             x: [B, L, width], the tokens of this rank. time: [B, F, 6, width], per frame.
             rope: tables of all tokens. past_rope: tables of the cached keys when they are stored unrotated, else None.
             text: [B, T, width], or None when `text_kv` is given.
-            past: cached k, v [B, P, H, D]: of all tokens, and this rank's heads.
+            past: cached k, v [B, P_i, H, D] of each chunk: of all tokens, and this rank's heads. They are joined here, so
+                that an activation checkpoint remembers the chunks, which blocks share, and no copies.
             keep_kv: return keys and values.
             exchange: gives self-attention all tokens where several ranks share them.
         """
@@ -115,9 +116,11 @@ class Block(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         stored = k if past_rope is None else unrotated
         v_all, k_all = v, k
-        if past is not None:
-            past_k = past[0] if past_rope is None else rotate(past[0], *past_rope)
-            k_all, v_all = torch.cat([past_k.to(k.dtype), k], dim=1), torch.cat([past[1].to(v.dtype), v], dim=1)
+        if past:
+            past_k = [chunk[0].to(k.dtype) for chunk in past]
+            if past_rope is not None:
+                past_k = [rotate(torch.cat(past_k, dim=1), *past_rope)]
+            k_all, v_all = torch.cat([*past_k, k], dim=1), torch.cat([*(chunk[1].to(v.dtype) for chunk in past), v], dim=1)
         y = exchange.to_tokens(attention(q, k_all, v_all, mask=mask, backend=backend))
         x = self.gated(x, self.self_attn.o(y.flatten(2)), gate1)
 

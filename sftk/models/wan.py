@@ -126,7 +126,7 @@ class WanModel(nn.Module):
         mask = attention_mask(layout, height * width, latents.device, self.backend)
         kv, features, wanted = [], [], {self._layer_index(i) for i in features_at}
         for index, block in enumerate(self.blocks):
-            past = None if cache is None else cache.layer(index)
+            past = () if cache is None else cache.parts(index)
             text_kv = cache.text[index] if reuse and cache is not None and cache.text is not None else None
             keep_kv = cache is not None
             x, found = block(x, modulation, rope, text, text_kv, past, past_rope, mask, self.backend, keep_kv, exchange)

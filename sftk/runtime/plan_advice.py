@@ -18,7 +18,7 @@ WORTH = 0.05
 
 @attrs.frozen(kw_only=True)
 class Change:
-    """A change of settings: roles to checkpoint or to hold in bf16, phases to replay, an 8-bit optimiser, GPUs to shard over."""
+    """A change of settings: roles to checkpoint or hold in bf16, phases to replay, an 8-bit optimiser, GPUs to shard over."""
 
     text: str = ""
     checkpoint: tuple[str, ...] = ()
