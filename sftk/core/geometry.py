@@ -67,19 +67,31 @@ def split_blocks(frames: int, frames_per_block: int, independent_first_frame: bo
 
 
 def block_problems(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str, str]]:
-    """Checks the options `frames_per_block` and `independent_first_frame` against a number of frames, for `@transform(check=)`.
+    """Checks the options that cut frames into blocks, for `@transform(check=)`.
+
+    `frames_per_block` and `independent_first_frame` must divide the frames, unless an option `per` says that something else
+    than blocks is meant; `window` and `sink` of a pass must leave room for a block, and need blocks at all.
 
     Example:
         >>> [name for name, _ in block_problems({"frames_per_block": 4}, 21)]
         ['frames_per_block']
+        >>> list(block_problems({"frames_per_block": 4, "per": "frame"}, 21))
+        []
     """
     per_block = options.get("frames_per_block")
-    if per_block is None:
+    if options.get("per", "block") != "block":
         return
-    if per_block < 1:
+    if per_block is None:
+        for name in ("independent_first_frame", "window", "sink"):
+            if options.get(name):
+                yield name, f"a pass over all frames at once has no blocks, found {name} {options[name]}; set frames_per_block"
+    elif per_block < 1:
         yield "frames_per_block", f"a block has at least 1 frame, found {per_block}"
     elif frames is not None:
         try:
             split_blocks(frames, per_block, options.get("independent_first_frame", False))
         except ShapeError as error:
             yield "frames_per_block", str(error)
+    window, sink = options.get("window"), options.get("sink", 0)
+    if per_block is not None and window is not None and window < per_block + sink:
+        yield "window", f"a window of {window} frames cannot hold a block of {per_block} and {sink} sink frames; make it larger"

@@ -123,8 +123,9 @@ class Graph(Transform):
         values = from_state(state)
         missing = [key for key in self.inputs if key not in values]
         if missing:
-            hints = "; ".join(filter(None, (did_you_mean(key, values) for key in missing)))
-            raise ShapeError(f"the graph {self.name!r} needs {missing} in its state, found {sorted(values)}; {hints}")
+            hints = dict.fromkeys(filter(None, (did_you_mean(key, values) for key in missing)))
+            found = f"the graph {self.name!r} needs {missing} in its state, found {sorted(values)}"
+            raise ShapeError("; ".join((found, *hints)))
         unbound = [role for role in self.ports if role not in models]
         if unbound:
             raise SpecError(f"the graph {self.name!r} needs models for {unbound}, found {sorted(models)}")

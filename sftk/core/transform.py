@@ -11,6 +11,7 @@ import attrs
 from torch import Tensor
 
 from sftk.core import registry
+from sftk.errors import SpecError, did_you_mean
 
 Kind = Literal["per_sample", "reduced", "keyed", "host"]
 """How a transform treats the batch axis.
@@ -88,9 +89,7 @@ class FunctionTransform(Transform):
     ):
         parameters = inspect.signature(fn).parameters
         positional = [p for p in parameters.values() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-        unknown = set(ports) - {p.name for p in positional}
-        assert not unknown, f"{fn.__name__}: ports {sorted(unknown)} are not arguments"
-        assert kind in get_args(Kind), f"{fn.__name__}: unknown kind {kind!r}"
+        _check_signature(fn, parameters.values(), ports, kind)
         self.fn = fn
         self.name = fn.__name__
         self.doc = (inspect.getdoc(fn) or "").partition("\n")[0]
@@ -124,11 +123,34 @@ class FunctionTransform(Transform):
         """The function's result as a mapping of declared outputs."""
         if len(self.outputs) == 1:
             return {self.outputs[0]: result}
-        assert isinstance(result, tuple) and len(result) == len(self.outputs), f"{self.name} must return {self.outputs}"
+        if not isinstance(result, tuple) or len(result) != len(self.outputs):
+            found = f"{len(result)} results" if isinstance(result, tuple) else f"one {type(result).__name__}"
+            raise SpecError(
+                f"the transform {self.name!r} must return a tuple of {', '.join(self.outputs)}; it returned {found}"
+            )
         return dict(zip(self.outputs, result, strict=True))
 
     def __repr__(self) -> str:
         return f"<transform {self.name}({', '.join(self.arguments)}) -> {', '.join(self.outputs)}>"
+
+
+def _check_signature(
+    fn: Callable[..., Any], parameters: Iterable[inspect.Parameter], ports: tuple[str, ...], kind: str
+) -> None:
+    """Raises a SpecError for a function that cannot be a transform."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    place = f"the transform {fn.__name__!r}"
+    for parameter in parameters:
+        if parameter.kind not in named:
+            raise SpecError(f"{place} takes {str(parameter)!r}; every argument needs a name of its own, by which it is passed")
+    arguments = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    for port in ports:
+        if port not in arguments:
+            raise SpecError(
+                f"{place} has the model port {port!r}, which is none of its arguments; {did_you_mean(port, arguments)}"
+            )
+    if kind not in get_args(Kind):
+        raise SpecError(f"{place} has the kind {kind!r}; {did_you_mean(kind, get_args(Kind))}")
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -192,7 +214,8 @@ def transform(
         replay: its backward pass may run later, from its inputs, see `sftk.core.replayed`.
 
     Raises:
-        SpecError: the name is already registered.
+        SpecError: the name is already registered, the signature has `*args`, `**kwargs` or positional-only arguments, a port is
+            no argument, or the kind is unknown.
 
     Example:
         >>> @transform(out="doubled", kind="per_sample")

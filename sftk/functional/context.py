@@ -18,7 +18,7 @@ from sftk.functional.keys import Key
 from sftk.functional.noise import interpolate
 from sftk.functional.plan import Block
 from sftk.functional.predict import Denoiser, toy_denoiser
-from sftk.functional.schedule import ScheduleName, frame_timesteps, timestep_to_sigma
+from sftk.functional.schedule import TIMESTEPS, ScheduleName, frame_timesteps, timestep_to_sigma
 
 ContextGradient = Literal["detach", "straight_through"]
 
@@ -75,6 +75,8 @@ def _window_check(options: Mapping[str, Any], frames: int | None) -> Iterator[tu
         )
     if options["max_context_frames"] is not None and options["max_context_frames"] < 0:
         yield "max_context_frames", f"a context has 0 frames or more, found {options['max_context_frames']}"
+    elif options["max_context_frames"] == 0 and options["keep_first_frame"]:
+        yield "keep_first_frame", "a context of 0 frames cannot keep the first one; raise max_context_frames"
 
 
 @transform(out="cache", kind="per_sample", example=_window_example, check=_window_check)
@@ -101,7 +103,7 @@ def window_context(
         cache: a new cache.
 
     Raises:
-        ShapeError: the window cannot hold the block and the sink.
+        ShapeError: the window cannot hold the block and the sink, or a context of 0 frames should keep the first.
 
     Example:
         >>> window_context(example_cache(1, torch.randn), example_block(), window=5, sink=1).positions
@@ -115,11 +117,16 @@ def window_context(
             )
         cache = caches.window(cache, size=window - block.frames, sink=sink)
     if max_context_frames is not None:
-        cache = caches.window(cache, size=max_context_frames, sink=min(int(keep_first_frame), max_context_frames))
+        cache = caches.window(cache, size=max_context_frames, sink=int(keep_first_frame))
     return cache
 
 
-@transform(out="cache", kind="keyed", models=("denoiser",), example=_commit_example)
+def _commit_check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str, str]]:
+    if not 0 <= options["context_noise"] <= TIMESTEPS:
+        yield "context_noise", f"a timestep lies in [0, {TIMESTEPS}], found {options['context_noise']}"
+
+
+@transform(out="cache", kind="keyed", models=("denoiser",), example=_commit_example, check=_commit_check)
 def commit_context(
     denoiser: Denoiser,
     x0: Tensor,
@@ -158,6 +165,9 @@ def commit_context(
     Returns:
         cache: a new cache, one block longer.
 
+    Raises:
+        ShapeError: `straight_through` has no kv, or guidance no negative_embeds.
+
     Source: Self-Forcing, arXiv 2506.08009, algorithm 1, line 13.
 
     Example:
@@ -174,7 +184,9 @@ def commit_context(
             context = interpolate(context, noise, timestep_to_sigma(level, schedule, shift))
         guidance: Any = {"scale": scale, "batched": batched}
         found = _context_kv(denoiser, context, context_noise, cache, block, prompt_embeds, negative_embeds, guidance)
-    if context_gradient == "straight_through" and kv is not None:
+    if context_gradient == "straight_through":
+        if kv is None:
+            raise ShapeError("context_gradient: straight_through needs kv, what the exit step returned for these frames")
         found = caches.straight_through(found, kv)
     return caches.append(cache, found, block.positions)
 

@@ -13,7 +13,7 @@ from sftk.core.transform import transform
 from sftk.errors import ShapeError
 from sftk.functional.keys import Key
 from sftk.functional.sampling import Per, spread_blocks
-from sftk.functional.schedule import check_steps, inference_timesteps, warp_steps
+from sftk.functional.schedule import check_steps, inference_timesteps, shift_problems, warp_steps
 
 
 def draw_index(key: Key, like: Tensor, count: int, per: Per, blocks: tuple[int, ...], name: str) -> Tensor:
@@ -43,13 +43,19 @@ def _step_example(batch: int, randn) -> dict:
     }
 
 
+def _kept_steps(steps: Sequence[float], keep_zero: bool) -> tuple[float, ...]:
+    """A step list without its trailing 0, unless that is kept."""
+    return tuple(steps[:-1] if steps and steps[-1] == 0 and not keep_zero else steps)
+
+
 def _step_check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str, str]]:
     yield from block_problems(options, frames)
+    yield from shift_problems(options)
     try:
-        check_steps(options["steps"])
+        check_steps(_kept_steps(options["steps"], options["keep_zero"]))
     except ShapeError as error:
         yield "steps", str(error)
-    if options["image_to_video"] and (not options["keep_zero"] or options["steps"][-1] != 0):
+    if options["image_to_video"] and (not options["keep_zero"] or 0 not in options["steps"]):
         yield "image_to_video", "the first frame is taken clean; it needs a step list that ends in 0, and `keep_zero`"
 
 
@@ -89,7 +95,7 @@ def draw_step(
         >>> draw_step(Key(seed=0), torch.zeros(1, 3), steps=[1000, 500])[1].unique() in torch.tensor([1000.0, 500.0])
         True
     """
-    kept = tuple(steps) if keep_zero or steps[-1] != 0 else tuple(steps[:-1])
+    kept = _kept_steps(steps, keep_zero)
     times = torch.tensor(warp_steps(kept, shift, warp), device=like.device, dtype=torch.float32)
     blocks = split_blocks(like.shape[1], frames_per_block, independent_first_frame) if per == "block" else ()
     index = draw_index(key, like, len(kept), per, blocks, name)
@@ -158,6 +164,7 @@ def _grid_example(batch: int, randn) -> dict:
 
 def _grid_check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str, str]]:
     yield from block_problems(options, frames)
+    yield from shift_problems(options)
     if options["intervals"] < 1:
         yield "intervals", f"a grid has at least 1 interval, found {options['intervals']}"
 

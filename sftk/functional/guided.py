@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sftk.errors import ShapeError
 from sftk.functional.cache import KVCache, LayerKV, take_rows
 from sftk.functional.guidance import guide
 from sftk.functional.predict import Denoiser
@@ -68,10 +69,13 @@ def guided_kv(
     """Keys and values of clean latents, as the passes of `guided_flow` will want them in their cache.
 
     Args:
-        latents, timestep, ...: see `guided_flow`; without `negative_embeds` there is no guidance.
+        latents, timestep, ...: see `guided_flow`.
 
     Returns:
         kv: of each layer, of B samples at scale 1, else of 2 B.
+
+    Raises:
+        ShapeError: guidance has no negative_embeds.
 
     Example:
         >>> from sftk.functional.predict import toy_denoiser
@@ -80,8 +84,10 @@ def guided_kv(
         >>> kv[0][0].shape
         torch.Size([2, 3, 1, 16])
     """
-    if scale == 1.0 or negative_embeds is None:
+    if scale == 1.0:
         return denoiser(latents, timestep, prompt_embeds, cache=cache, **more)[1]
+    if negative_embeds is None:
+        raise ShapeError(f"guidance of scale {scale} needs negative_embeds")
     found = [kv for _, kv in _passes(denoiser, latents, timestep, (prompt_embeds, negative_embeds), batched, cache, more)]
     if len(found) == 1:
         return found[0]

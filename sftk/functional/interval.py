@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sftk.core.transform import transform
 from sftk.functional.keys import Key
-from sftk.functional.schedule import TIMESTEPS, shift_sigma
+from sftk.functional.schedule import TIMESTEPS, shift_problems, shift_sigma
 
 
 def _interval_example(batch: int, randn) -> dict:
@@ -26,8 +26,7 @@ def _interval_example(batch: int, randn) -> dict:
 def _interval_check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str, str]]:
     if not 0 <= options["empty"] <= 1:
         yield "empty", f"a share lies in [0, 1], found {options['empty']}"
-    if options["shift"] <= 0:
-        yield "shift", f"a shift is above 0, found {options['shift']}"
+    yield from shift_problems(options)
     if options["spread"] is not None and options["spread"][1] <= 0:
         yield "spread", f"expected [mean, deviation] with a deviation above 0, found {list(options['spread'])}"
 

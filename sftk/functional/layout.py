@@ -25,7 +25,8 @@ class Layout:
         sink: first frames that are always visible, counted in the window as a rollout counts them (`window_context`).
 
     Raises:
-        ShapeError: the window does not hold the sink, or a teacher-forcing layout has a window (it sees all clean frames).
+        ShapeError: the window does not hold a block and the sink, or a teacher-forcing layout has a window (it sees all clean
+            frames).
 
     Example:
         >>> Layout(kind="block_causal", blocks=(1, 2)).frame_mask().int()
@@ -42,8 +43,11 @@ class Layout:
     def __attrs_post_init__(self) -> None:
         if self.window is not None and self.kind == "teacher_forcing":
             raise ShapeError(f"a teacher-forcing layout sees every clean frame before a block; found window {self.window}")
-        if self.window is not None and self.window < self.sink:
-            raise ShapeError(f"a window of {self.window} frames cannot hold {self.sink} sink frames; make it larger")
+        most = max(self.blocks, default=0)
+        if self.window is not None and self.window < self.sink + most:
+            raise ShapeError(
+                f"a window of {self.window} frames cannot hold a block of {most} and {self.sink} sink frames; make it larger"
+            )
 
     @property
     def frames(self) -> int:

@@ -14,7 +14,7 @@ from sftk.core.geometry import block_problems, split_blocks
 from sftk.core.transform import transform
 from sftk.errors import ShapeError
 from sftk.functional.keys import Key
-from sftk.functional.schedule import TIMESTEPS, check_steps, unshift_sigma, warp_steps
+from sftk.functional.schedule import TIMESTEPS, check_steps, shift_problems, unshift_sigma, warp_steps
 
 
 @attrs.frozen(kw_only=True)
@@ -136,19 +136,29 @@ def _example(batch: int, randn) -> dict:
 
 def _check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str, str]]:
     yield from block_problems(options, frames)
-    if options["shift"] <= 0:
-        yield "shift", f"a shift is above 0, found {options['shift']}"
+    yield from shift_problems(options)
     try:
         step_list(options["steps"], options["shift"] if options["shift"] > 0 else 1.0, options["warp"])
     except ShapeError as error:
         yield "steps", str(error)
 
 
+def _rollout_check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str, str]]:
+    yield from _check(options, frames)
+    for name in ("grad_frames", "output_frames"):
+        found = options[name]
+        if found is not None and found < options["frames_per_block"]:
+            yield (
+                name,
+                f"the last {found} frames hold no whole block of {options['frames_per_block']}, so nothing carries gradient",
+            )
+
+
 @transform(
     out=("blocks", "given_blocks", "exit_from", "exit_to", "gradient_mask"),
     kind="keyed",
     example=_example,
-    check=_check,
+    check=_rollout_check,
 )
 def plan_rollout(
     key: Key,

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from sftk.core.geometry import block_problems, split_blocks
 from sftk.core.transform import transform
+from sftk.errors import ShapeError
 from sftk.functional.keys import Key
-from sftk.functional.schedule import TIMESTEPS, shift_sigma
+from sftk.functional.schedule import TIMESTEPS, shift_problems, shift_sigma
 
 Per = Literal["sample", "block", "frame"]
 
@@ -82,12 +83,10 @@ def _timestep_example(batch: int, randn) -> dict:
 
 
 def _timestep_check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str, str]]:
-    if options["per"] == "block":
-        yield from block_problems(options, frames)
+    yield from block_problems(options, frames)
     if options["clamp"] is not None and not 0 <= options["clamp"][0] <= options["clamp"][1] <= TIMESTEPS:
         yield "clamp", f"expected [low, high] with 0 <= low <= high <= {TIMESTEPS}, found {list(options['clamp'])}"
-    if options["shift"] <= 0:
-        yield "shift", f"a shift is above 0, found {options['shift']}"
+    yield from shift_problems(options)
     if not 0 <= options["low"] <= options["high"] <= TIMESTEPS:
         yield "low", f"expected 0 <= low <= high <= {TIMESTEPS}, found low {options['low']} and high {options['high']}"
 
@@ -115,7 +114,7 @@ def draw_timestep(
     Args:
         key: where the numbers come from.
         like: [B, F, ...].
-        exit_from, exit_to: unshifted timesteps between which the rollout's exit step lies.
+        exit_from, exit_to: unshifted timesteps of the rollout's exit step and of the step after it, from `plan_rollout`.
         shift: of the score models' time axis.
         clamp: lowest and highest result; [20, 980] is usual.
         per: one value for each sample, block or frame.
@@ -127,6 +126,9 @@ def draw_timestep(
     Returns:
         timestep: [B, F] float32, in [0, 1000].
 
+    Raises:
+        ShapeError: `ts_schedule` or `ts_schedule_max` without an exit step that all blocks share.
+
     Source: Self-Forcing, arXiv 2506.08009, algorithm 1; DMD2, arXiv 2405.14867.
 
     Example:
@@ -134,10 +136,13 @@ def draw_timestep(
         >>> t.shape, bool((t == t[:, :1]).all())
         (torch.Size([2, 6]), True)
     """
-    if ts_schedule and exit_to is not None:
-        low = exit_to
-    if ts_schedule_max and exit_from is not None:
-        high = exit_from
+    if (ts_schedule and exit_to is None) or (ts_schedule_max and exit_from is None):
+        raise ShapeError(
+            "ts_schedule and ts_schedule_max need the exit step that all blocks of a rollout share; found none: set "
+            "same_step_across_blocks: true, or leave them false where samples come from no rollout"
+        )
+    low, high = exit_to if ts_schedule else low, exit_from if ts_schedule_max else high
+    assert low is not None and high is not None
     frames = like.shape[1]
     u = key.uniform(name, (1 if per == "sample" else frames,), device=like.device)
     raw = low + (high - low) * u
@@ -183,7 +188,7 @@ def crop_length(
         cropped: [B, F', C, H, W].
 
     Raises:
-        ShapeError: F or `min_frames` is not a whole number of blocks.
+        ShapeError: F or `min_frames` is not a whole number of blocks, or F is below `min_frames`.
 
     Example:
         >>> crop_length(Key(seed=0), torch.zeros(1, 9, 1), min_frames=3).shape[1] in (3, 6, 9)
@@ -191,10 +196,12 @@ def crop_length(
     """
     if min_frames is None:
         return noise
-    most = len(split_blocks(noise.shape[1], frames_per_block, independent_first_frame))
+    blocks = split_blocks(noise.shape[1], frames_per_block, independent_first_frame)
     least = len(split_blocks(min_frames, frames_per_block, independent_first_frame))
-    (count,) = key.integers(name, least, most + 1, 1)
-    return noise[:, : sum(split_blocks(noise.shape[1], frames_per_block, independent_first_frame)[:count])]
+    if least > len(blocks):
+        raise ShapeError(f"min_frames {min_frames} is more than the {noise.shape[1]} frames that there are")
+    (count,) = key.integers(name, least, len(blocks) + 1, 1)
+    return noise[:, : sum(blocks[:count])]
 
 
 def _drop_example(batch: int, randn) -> dict:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,17 @@ def unshift_sigma(sigma, shift: float):
         0.75
     """
     return sigma / (shift - (shift - 1) * sigma)
+
+
+def shift_problems(options: Mapping[str, Any], frames: int | None = None) -> Iterator[tuple[str, str]]:
+    """Checks the option `shift`, for `@transform(check=)`.
+
+    Example:
+        >>> list(shift_problems({"shift": 0.0}))
+        [('shift', 'a shift is above 0, found 0.0')]
+    """
+    if options["shift"] <= 0:
+        yield "shift", f"a shift is above 0, found {options['shift']}"
 
 
 def sigma_table(shift: float, count: int = TIMESTEPS, *, device: torch.device | None = None) -> Tensor:

@@ -14,12 +14,13 @@ from sftk.functional.guided import guided_flow
 from sftk.functional.multistep import MultistepSolver, SolverName, start_multistep
 from sftk.functional.plan import Block, Step
 from sftk.functional.predict import Denoiser, toy_denoiser
-from sftk.functional.schedule import TIMESTEPS, euler_step, frame_timesteps, inference_timesteps
+from sftk.functional.schedule import TIMESTEPS, euler_step, frame_timesteps, inference_timesteps, shift_problems
 
 
 def _check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str, str]]:
     if options["steps"] < 1:
         yield "steps", f"a solver takes at least 1 step, found {options['steps']}"
+    yield from shift_problems(options)
 
 
 @transform(out=("ode_steps", "solver"), kind="host", example=lambda batch, randn: {"steps": 4}, check=_check)

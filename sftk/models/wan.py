@@ -98,8 +98,8 @@ class WanModel(nn.Module):
             cache: frames that came before; when given (an empty one, too), keys and values are returned.
             layout: which frames see which; None is all.
             positions: temporal position of each frame; by default 0, 1, 2 ... (after the cached frames, if there are any).
-            features_at: layers after which to return the hidden states.
-            interval: [B] or [B, F], timesteps that an average velocity spans, from `timestep` down; None is the flow itself.
+            features_at: layers after which to return the hidden states, in any order; negative ones count from the last.
+            interval: [B] or [B, F], timesteps that an average velocity spans, from `timestep` down; None is 0, the flow itself.
 
         Returns:
             flow: [B, F, C, H, W], in the latents' dtype. kv: see `LayerKV`, for each layer; empty without a cache.
@@ -113,8 +113,8 @@ class WanModel(nn.Module):
         timestep, prompt_embeds = exchange.shared(timestep), exchange.shared(prompt_embeds)
         x = self._embed_patches(exchange.part(self._patches(latents)))
         time = self.time_embedding(sinusoidal_embedding(timestep, self.config.freq_dim).to(self._dtype))
-        if interval is not None:
-            time = time + self._embed_interval(interval, timestep)
+        if interval is not None or self.config.interval_embedding:
+            time = time + self._embed_interval(timestep, interval)
         modulation = upcast(self.time_projection(time)).unflatten(-1, (6, -1))
         time = upcast(time)
         if timestep.dim() == 1:
@@ -124,7 +124,8 @@ class WanModel(nn.Module):
 
         rope, past_rope = self._rope(latents, cache, positions, frames, height, width)
         mask = attention_mask(layout, height * width, latents.device, self.backend)
-        kv, features, wanted = [], [], {self._layer_index(i) for i in features_at}
+        wanted = tuple(self._layer_index(i) for i in features_at)
+        kv, features = [], {}
         for index, block in enumerate(self.blocks):
             past = () if cache is None else cache.parts(index)
             text_kv = cache.text[index] if reuse and cache is not None and cache.text is not None else None
@@ -133,9 +134,9 @@ class WanModel(nn.Module):
             if found is not None:
                 kv.append(found)
             if index in wanted:
-                features.append(exchange.whole(x))
+                features[index] = exchange.whole(x)
         flow = self._unpatch(exchange.whole(self.head(x, time)), frames, height, width)
-        return flow.to(latents.dtype), tuple(kv), tuple(features)
+        return flow.to(latents.dtype), tuple(kv), tuple(features[index] for index in wanted)
 
     def _check(
         self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, cache: KVCache | None, layout: Layout | None
@@ -175,9 +176,10 @@ class WanModel(nn.Module):
         padded = F.pad(prompt_embeds, (0, 0, 0, missing)) if missing else prompt_embeds
         return self.text_embedding(padded.to(self._dtype))
 
-    def _embed_interval(self, interval: Tensor, timestep: Tensor) -> Tensor:
+    def _embed_interval(self, timestep: Tensor, interval: Tensor | None) -> Tensor:
         if not self.config.interval_embedding:
             raise ShapeError("this model takes no interval; set interval_embedding: true in its size")
+        interval = torch.zeros_like(timestep) if interval is None else interval
         if interval.shape != timestep.shape:
             raise ShapeError(f"interval must be of the timestep's shape {list(timestep.shape)}, found {list(interval.shape)}")
         return self.interval_embedding(interval, self._dtype)

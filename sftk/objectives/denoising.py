@@ -89,7 +89,7 @@ def denoising_loss(
     Returns:
         loss: [] float32, the sum. loss_weight: [], the number of elements.
 
-    Source: Self-Forcing, arXiv 2506.08009, algorithm 1, line 18; arXiv 2202.00512 for `v`.
+    Source: DMD, arXiv 2311.18828, eq. 6 (for x0), with the other parametrisations; arXiv 2202.00512 for `v`.
 
     Example:
         >>> x0, noise = torch.zeros(1, 1), torch.ones(1, 1)

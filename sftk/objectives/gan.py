@@ -28,9 +28,9 @@ def gan_generator_loss(fake_logits: Tensor, real_logits: Tensor | None = None, *
         loss: [] float32, the sum. loss_weight: [], the number of logits.
 
     Raises:
-        ShapeError: the relativistic loss has no real logits.
+        ShapeError: the relativistic loss has no real logits, or not one for each fake one.
 
-    Source: GAN, arXiv 1406.2661, section 3; relativistic, arXiv 1807.00734, eq. 4.
+    Source: GAN, arXiv 1406.2661, section 3; relativistic, arXiv 1807.00734, eq. 4, as in R3GAN, arXiv 2501.05441.
 
     Example:
         >>> gan_generator_loss(torch.zeros(2, 1))
@@ -38,7 +38,10 @@ def gan_generator_loss(fake_logits: Tensor, real_logits: Tensor | None = None, *
     """
     margin = at_least_float32(fake_logits)
     if relativistic:
-        margin = margin - _real(real_logits)
+        if real_logits is None:
+            raise ShapeError("a relativistic loss needs the logits of real latents; bind real_logits")
+        _check_pairs(fake_logits, real_logits)
+        margin = margin - at_least_float32(real_logits)
     loss = F.softplus(-margin)
     return loss.sum(), _count(loss)
 
@@ -54,21 +57,25 @@ def gan_discriminator_loss(fake_logits: Tensor, real_logits: Tensor, *, relativi
     Returns:
         loss: [] float32, the sum. loss_weight: [], the number of logits of one kind.
 
+    Raises:
+        ShapeError: there is not one real logit for each fake one.
+
     Source: see `gan_generator_loss`.
 
     Example:
         >>> gan_discriminator_loss(torch.zeros(2, 1), torch.zeros(2, 1))
         (tensor(2.7726), tensor(2.))
     """
+    _check_pairs(fake_logits, real_logits)
     fake, real = at_least_float32(fake_logits), at_least_float32(real_logits)
     loss = F.softplus(fake - real) if relativistic else F.softplus(-real) + F.softplus(fake)
     return loss.sum(), _count(loss)
 
 
-def _real(logits: Tensor | None) -> Tensor:
-    if logits is None:
-        raise ShapeError("a relativistic loss needs the logits of real latents; bind real_logits")
-    return at_least_float32(logits)
+def _check_pairs(fake_logits: Tensor, real_logits: Tensor) -> None:
+    if fake_logits.shape != real_logits.shape:
+        fake, real = list(fake_logits.shape), list(real_logits.shape)
+        raise ShapeError(f"fake and real logits are compared one to one; found {fake} and {real}; take as many real samples")
 
 
 def _count(loss: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ def gradient_penalty(
 ):
     """`weight` times the squared norm of the logits' gradient with respect to the noisy latents: R1 on real ones, R2 on fake.
 
+    The papers write gamma / 2 for `weight`.
+
     Args:
         noisy, timestep, prompt_embeds: as for `classify`.
         logits: [B, K], what `classify` gave there.
@@ -70,7 +72,7 @@ def gradient_penalty(
     Returns:
         loss: [] float32, the sum over logits. loss_weight: [], the number of logits.
 
-    Source: R1, arXiv 1801.04406, eq. 9; approximated, arXiv 2501.08316 (Seaweed-APT), eq. 5.
+    Source: R1 and R2, arXiv 1801.04406, eq. 9 and 10; approximated, arXiv 2501.08316 (Seaweed-APT), eq. 5.
 
     Example:
         >>> loss, count = gradient_penalty(**_penalty_example(2, torch.randn) | {"penalty": "exact"})

@@ -31,8 +31,19 @@ def test_the_registry_is_read_only():
 
 
 def test_transform_checks_its_declaration(temporary_transforms):
-    with pytest.raises(AssertionError, match="ports \\['net'\\] are not arguments"):
-        transform(out="y", kind="per_sample", models=("net",))(lambda x: x)
+    def fits(x, nett):
+        return x
+
+    with pytest.raises(
+        SpecError, match=r"'fits' has the model port 'net', which is none of its arguments; did you mean 'nett'\?"
+    ):
+        transform(out="y", kind="per_sample", models=("net",))(fits)
+    with pytest.raises(SpecError, match=r"'fits' has the kind 'sample'; did you mean 'per_sample'\?"):
+        transform(out="y", kind="sample")(fits)  # pyright: ignore[reportArgumentType]
+    for odd in (lambda *x: x, lambda **x: x, lambda x, /: x):
+        with pytest.raises(SpecError, match="every argument needs a name of its own"):
+            transform(out="y", kind="per_sample")(odd)
+    assert not {"fits", "<lambda>"} & set(transforms())
 
 
 def test_the_number_of_results_is_checked(temporary_transforms):
@@ -41,7 +52,7 @@ def test_the_number_of_results_is_checked(temporary_transforms):
         """Forgets one."""
         return x
 
-    with pytest.raises(AssertionError, match="one_result_for_test must return"):
+    with pytest.raises(SpecError, match="'one_result_for_test' must return a tuple of a, b; it returned one int"):
         one_result_for_test.run({"x": 1}, {})
 
 

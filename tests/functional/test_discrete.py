@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from sftk.errors import ShapeError
-from sftk.functional import Key, draw_grid_step, draw_step, pick_ode_states
+from sftk.core import Graph
+from sftk.errors import ShapeError, SpecError
+from sftk.functional import Key, draw_grid_step, draw_step, draw_timestep, pick_ode_states, plan_ode
 from sftk.functional.schedule import inference_timesteps, warp_steps
 
 STEPS = (1000.0, 750.0, 500.0, 250.0, 0.0)
@@ -74,3 +75,28 @@ def test_intervals_are_neighbours_of_the_solvers_grid():
     torch.testing.assert_close(grid[place], timestep, rtol=0, atol=0)
     torch.testing.assert_close(grid[place + 1], following, rtol=0, atol=0)
     assert place.unique().tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("op", [draw_step, draw_grid_step, draw_timestep])
+def test_blocks_matter_only_where_draws_are_by_block(op):
+    more = {"steps": (1000, 500)} if op is draw_step else {}
+    for per in ("sample", "frame"):
+        Graph([op.node(per=per, **more)], inputs=("key", "like"), frames=7)
+    with pytest.raises(SpecError, match="7 frames do not divide into blocks of 3"):
+        Graph([op.node(per="block", **more)], inputs=("key", "like"), frames=7)
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (draw_step.node(steps=(0,)), "the step list is empty"),
+        (draw_step.node(steps=()), "the step list is empty"),
+        (draw_step.node(steps=(1000,), shift=0.0), "a shift is above 0"),
+        (draw_step.node(steps=(1000,), keep_zero=True, image_to_video=True), "needs a step list that ends in 0"),
+        (draw_grid_step.node(shift=-1.0), "a shift is above 0"),
+        (plan_ode.node(shift=0.0), "a shift is above 0"),
+    ],
+)
+def test_options_that_make_no_sense(node, message):
+    with pytest.raises(SpecError, match=message):
+        Graph([node], inputs=("key", "like"))

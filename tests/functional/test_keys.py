@@ -156,8 +156,9 @@ def test_ts_schedule(flags, low, high):
     timestep = draw_timestep(KEY, LIKE, 750.0, 500.0, per="frame", **flags)
     assert low <= timestep.min() < low + 20
     assert high - 20 < timestep.max() <= high
-    # Without a shared exit step there is nothing to go by.
-    assert torch.equal(draw_timestep(KEY, LIKE, None, None, per="frame", **flags), draw_timestep(KEY, LIKE, per="frame"))
+    if flags:
+        with pytest.raises(ShapeError, match="same_step_across_blocks: true"):
+            draw_timestep(KEY, LIKE, None, None, per="frame", **flags)
 
 
 def test_shape_timestep_of_one_is_the_identity():
@@ -177,6 +178,9 @@ def test_crop_length():
     assert crop_length(Key(seed=0), noise, min_frames=9).shape[1] == 9
     with pytest.raises(ShapeError, match="4 frames do not divide into blocks of 3; take 3 or 6 frames"):
         crop_length(Key(seed=0), noise, min_frames=4)
+    for more in (12, 15):
+        with pytest.raises(ShapeError, match=f"min_frames {more} is more than the 9 frames"):
+            crop_length(Key(seed=0), noise, min_frames=more)
 
 
 def test_drop_condition():

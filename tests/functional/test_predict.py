@@ -3,8 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sftk.errors import ShapeError
-from sftk.functional import flow_to_x0, predict_flow, predict_flow_teacher_forced, predict_x0, predict_x0_cfg
+from sftk.core import Graph
+from sftk.errors import ShapeError, SpecError
+from sftk.functional import KVCache, flow_to_x0, predict_flow, predict_flow_teacher_forced, predict_x0, predict_x0_cfg
+from sftk.functional.guided import guided_kv
+from sftk.functional.predict import toy_denoiser
 from sftk.functional.schedule import timestep_to_sigma
 
 
@@ -72,3 +75,24 @@ def test_teacher_forcing_tells_the_network_the_clean_timestep(model, inputs, ran
     assert not torch.allclose(plain, some)
     with pytest.raises(ShapeError, match="must have the same shape"):
         predict_flow_teacher_forced(model, noisy, timestep, clean[:, :2], prompt, frames_per_block=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 4}, "a pass over all frames at once has no blocks, found window 4; set frames_per_block"),
+        ({"sink": 1}, "found sink 1; set frames_per_block"),
+        ({"independent_first_frame": True}, "found independent_first_frame True; set frames_per_block"),
+        ({"frames_per_block": 3, "window": 3, "sink": 1}, "a window of 3 frames cannot hold a block of 3 and 1 sink frames"),
+    ],
+)
+@pytest.mark.parametrize("op", [predict_flow, predict_x0])
+def test_options_of_a_causal_pass_need_blocks(op, options, message):
+    with pytest.raises(SpecError, match=message):
+        Graph([op.node(**options)], inputs=("noisy", "timestep", "prompt_embeds"))
+
+
+def test_guided_context_needs_both_conditions(inputs):
+    noisy, timestep, prompt, _ = inputs
+    with pytest.raises(ShapeError, match=r"guidance of scale 2\.0 needs negative_embeds"):
+        guided_kv(toy_denoiser, noisy, timestep, prompt, None, scale=2.0, cache=KVCache())

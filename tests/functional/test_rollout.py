@@ -345,7 +345,7 @@ def test_lead_steps_and_commits_run_without_grad():
     assert [c.seen for c in spy.calls] == [(), (), (), *[(0, 1)] * 3, *[(0, 1, 2, 3)] * 2]
 
 
-@pytest.mark.parametrize(("grad_frames", "blocks"), [(None, 3), (6, 3), (5, 2), (4, 2), (2, 1), (0, 0)])
+@pytest.mark.parametrize(("grad_frames", "blocks"), [(None, 3), (6, 3), (5, 2), (4, 2), (2, 1)])
 def test_grad_frames(model, randn, grad_frames, blocks):
     given = state(randn)
     given["noise"].requires_grad_()
@@ -358,6 +358,14 @@ def test_grad_frames(model, randn, grad_frames, blocks):
         if out["x0"].requires_grad:
             grads = torch.autograd.grad(x0.sum(), list(model.parameters()), retain_graph=True, allow_unused=True)
         assert any(g is not None and g.any() for g in grads) is flags[2 * index]
+
+
+@pytest.mark.parametrize("option", ["grad_frames", "output_frames"])
+def test_a_rollout_that_nothing_could_learn_from(option):
+    with pytest.raises(
+        SpecError, match=f"the last 1 frames hold no whole block of 2, so nothing carries gradient @ .*{option}"
+    ):
+        rollout(**{option: 1})
 
 
 def test_gradient_mask_counts_given_frames(randn):
@@ -523,8 +531,24 @@ def test_max_context_frames(keep, seen):
 def test_no_context_at_all():
     spy = Spy()
     given = {"noise": torch.randn(1, 6, 4, 2, 2), "prompt_embeds": torch.zeros(1, 2, 8), "key": Key(seed=0)}
-    rollout(steps=(1000,), max_context_frames=0, keep_first_frame=True)(given, {"denoiser": spy})
+    rollout(steps=(1000,), max_context_frames=0)(given, {"denoiser": spy})
     assert all(c.seen == () for c in spy.calls)
+
+
+def test_no_context_cannot_keep_the_first_frame():
+    with pytest.raises(SpecError, match="a context of 0 frames cannot keep the first one"):
+        rollout(max_context_frames=0, keep_first_frame=True)
+
+
+def test_a_context_noise_that_is_no_timestep():
+    with pytest.raises(SpecError, match=r"a timestep lies in \[0, 1000\], found 2000"):
+        rollout(context_noise=2000)
+
+
+def test_straight_through_needs_what_the_exit_step_returned(randn):
+    given = {"x0": randn(1, 2, 4, 2, 2), "cache": KVCache(), "key": Key(seed=0), "prompt_embeds": randn(1, 2, 8)}
+    with pytest.raises(ShapeError, match="straight_through needs kv"):
+        commit_context(toy_denoiser, **given, block=blocks_of((2,))[0], context_gradient="straight_through")
 
 
 def test_attend_sink_false_keeps_the_last_frames_only():

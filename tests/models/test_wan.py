@@ -273,6 +273,21 @@ def test_an_interval_changes_nothing_at_first_and_something_once_trained(make_mo
     assert not torch.allclose(trained, plain(*inputs)[0])
 
 
+def test_no_interval_is_an_empty_one(make_model, inputs):
+    model = make_model(interval_embedding=True)
+    torch.nn.init.normal_(model.interval_embedding[-1].weight, std=0.5)
+    empty = model(*inputs, interval=torch.zeros_like(inputs[1]))[0]
+    assert torch.equal(model(*inputs)[0], empty)
+    assert not torch.allclose(model(*inputs, interval=inputs[1] / 2)[0], empty)
+
+
+def test_hidden_states_come_in_the_order_asked_for(model, inputs):
+    first, last = model(*inputs, features_at=(0, 1))[2]
+    found = model(*inputs, features_at=(-1, 0, 1))[2]
+    assert [torch.equal(x, y) for x, y in zip(found, (last, first, last), strict=True)] == [True] * 3
+    assert not torch.equal(first, last)
+
+
 def test_intervals_that_do_not_fit(model, make_model, inputs):
     with pytest.raises(ShapeError, match="takes no interval; set interval_embedding: true"):
         model(*inputs, interval=inputs[1])

@@ -40,3 +40,14 @@ def test_large_logits_stay_finite_in_half_precision():
     loss, _ = gan_discriminator_loss(torch.full((2, 1), 3e4, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.bfloat16))
     assert loss.dtype == torch.float32
     assert loss.isfinite()
+
+
+def test_logits_are_compared_one_to_one():
+    fake, real = torch.zeros(4, 1), torch.zeros(1, 1)
+    for call in (
+        lambda: gan_discriminator_loss(fake, real),
+        lambda: gan_discriminator_loss(fake, real, relativistic=True),
+        lambda: gan_generator_loss(fake, real, relativistic=True),
+    ):
+        with pytest.raises(ShapeError, match=r"found \[4, 1\] and \[1, 1\]"):
+            call()
