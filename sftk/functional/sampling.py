@@ -136,13 +136,10 @@ def draw_timestep(
         >>> t.shape, bool((t == t[:, :1]).all())
         (torch.Size([2, 6]), True)
     """
-    if (ts_schedule and exit_to is None) or (ts_schedule_max and exit_from is None):
-        raise ShapeError(
-            "ts_schedule and ts_schedule_max need the exit step that all blocks of a rollout share; found none: set "
-            "same_step_across_blocks: true, or leave them false where samples come from no rollout"
-        )
-    low, high = exit_to if ts_schedule else low, exit_from if ts_schedule_max else high
-    assert low is not None and high is not None
+    if ts_schedule:
+        low = _shared(exit_to)
+    if ts_schedule_max:
+        high = _shared(exit_from)
     frames = like.shape[1]
     u = key.uniform(name, (1 if per == "sample" else frames,), device=like.device)
     raw = low + (high - low) * u
@@ -151,6 +148,15 @@ def draw_timestep(
     elif per == "block":
         raw = spread_blocks(raw, split_blocks(frames, frames_per_block, independent_first_frame))
     return shape_timestep(raw, shift, clamp)
+
+
+def _shared(exit_time: float | None) -> float:
+    if exit_time is None:
+        raise ShapeError(
+            "ts_schedule and ts_schedule_max need the exit step that all blocks of a rollout share; found none: set "
+            "same_step_across_blocks: true, or leave them false where samples come from no rollout"
+        )
+    return exit_time
 
 
 def _length_example(batch: int, randn) -> dict:
