@@ -7,7 +7,7 @@ from rich.console import Console
 
 from sftk.runtime.evaluators import evaluation_problems
 from sftk.runtime.shapes import check_shapes
-from sftk.spec.fetch import missing_files
+from sftk.spec.fetch import how_to_get, missing_files
 from sftk.spec.recipe import Stage, find_document, is_study, load_recipe
 from sftk.spec.study import load_study
 
@@ -36,7 +36,8 @@ def _print(console: Console, name: str, stage: Stage, shapes: bool) -> None:
     phases = ", ".join(f"{p.name} ({len(stage.graphs[p.name].nodes)} nodes)" for p in stage.recipe.phases)
     console.print(f"{name}: ok: {phases}", soft_wrap=True)
     for file in missing_files(stage):
-        console.print(f"  not here yet: {file.name} ({', '.join(file.used_by)}); `sftk fetch` downloads it", soft_wrap=True)
+        how = how_to_get(file.folder or file.name, stage.recipe.fetch)
+        console.print(f"  not here yet: {file.name} ({', '.join(file.used_by)}); {how}", soft_wrap=True, markup=False)
     for found in check_shapes(stage) if shapes else ():
         outputs = ", ".join(f"{key} {shape}" for key, shape in found.outputs.items())
         sizes = ", ".join(f"{role} {count / 1e6:.3f} M parameters" for role, count in found.parameters.items())

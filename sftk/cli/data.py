@@ -10,6 +10,7 @@ from rich.console import Console
 
 from sftk.data.embed import embed_prompts, prompts_of
 from sftk.data.encode import Encoding, encode_folder
+from sftk.data.prompts import first_prompts
 from sftk.errors import SftkError
 from sftk.runtime.inspect_data import inspect_data
 from sftk.runtime.prepare import prepare_recipe
@@ -89,16 +90,17 @@ def encode(
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--text", required=True, callback=_choice, help="An embedder: its name, or '{use: NAME, with: {OPTION: VALUE}}'.")
 @click.option("--negative", multiple=True, help="An unconditional prompt besides the empty one; may be repeated.")
+@click.option("--first", type=click.IntRange(1), help="Only so many prompts from the beginning [default: all].")
 @click.option("--format", type=click.Choice(["bf16", "fp16"]), default="bf16", show_default=True, help="Of the stored rows.")
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Prompts written in one transaction.")
-def embed(prompts: Path, out: Path, text: Any, negative: tuple[str, ...], format: Any, batch: int) -> None:
+def embed(prompts: Path, out: Path, text: Any, negative: tuple[str, ...], first: int | None, format: Any, batch: int) -> None:
     """Embed PROMPTS into the store OUT, which the embedder `stored` reads.
 
     PROMPTS is a prompt file, a store of latents, or a folder of captioned images. Prompts that are in the store stay.
     """
     if not prompts.exists():
         raise SftkError(f"no such file or folder {prompts}")
-    texts = ("", *negative, *prompts_of(prompts))
+    texts = ("", *negative, *first_prompts(prompts_of(prompts), first, prompts))
     with TrainingProgress(Console()) as progress:
 
         def report(done: int, total: int) -> None:

@@ -6,7 +6,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import attrs
 
@@ -15,6 +15,8 @@ from sftk.errors import DataError, did_you_mean
 
 Choice = str | dict[str, Any]
 """What a recipe writes: a name, or a mapping of `use` and `with`."""
+FilePath = Annotated[str, "file"]
+"""The annotation of an option that names a file or folder to read: it is found as specs and weights are."""
 Finding = tuple[tuple[str, ...], str, str | None]
 """Where something is wrong, what, and the hint."""
 
@@ -29,6 +31,18 @@ def options_of(make: Callable[..., Any], given: Sequence[str] = ()) -> dict[str,
     """
     hints = typing.get_type_hints(make.__init__ if inspect.isclass(make) else make)
     return {name: hints.get(name, Any) for name in inspect.signature(make).parameters if name not in given}
+
+
+def file_options(make: Callable[..., Any]) -> tuple[str, ...]:
+    """Options of a class or function that name files, those annotated with `FilePath`.
+
+    Example:
+        >>> def clips(path: FilePath, captions: FilePath | None = None, size: int = 3): ...
+        >>> file_options(clips)
+        ('path', 'captions')
+    """
+    hints = typing.get_type_hints(make.__init__ if inspect.isclass(make) else make, include_extras=True)
+    return tuple(name for name, hint in hints.items() if FilePath in (hint, *typing.get_args(hint)))
 
 
 def required_of(make: Callable[..., Any], given: Sequence[str] = ()) -> tuple[str, ...]:

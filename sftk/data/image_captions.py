@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sftk.data.choices import Choice
+from sftk.data.choices import Choice, FilePath
 from sftk.data.codecs import Codec, check_codec, make_codec
 from sftk.data.embedders import make_embedder, text_shapes
 from sftk.data.pictures import cover
@@ -155,7 +155,7 @@ class ImageCaptions:
         DataError: the folder cannot be used, or the codec makes other latents.
     """
 
-    path: str
+    path: FilePath
     text: Choice
     codec: Choice
     channels: int

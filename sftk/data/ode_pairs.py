@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from sftk.data.choices import Choice, Finding
+from sftk.data.choices import Choice, FilePath, Finding
 from sftk.data.embedders import text_shapes
 from sftk.data.stored import StoredLatents, StoredPairs
 from sftk.errors import DataError, SftkError
@@ -33,7 +33,7 @@ class PairTeacher:
     """The model whose trajectories are kept: a named size or a mapping of sizes, a weight file, a dtype."""
 
     size: str | dict[str, Any]
-    weights: str
+    weights: FilePath
     dtype: str = "fp32"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from sftk.data.choices import Choice
+from sftk.data.choices import Choice, FilePath
 from sftk.data.embedders import Embedder, make_embedder, text_shapes
 from sftk.errors import DataError
 
@@ -62,6 +62,24 @@ def read_extended(path: str | Path, prompts: tuple[str, ...], of: str | Path) ->
     return extended
 
 
+def first_prompts(prompts: tuple[str, ...], count: int | None, of: str | Path) -> tuple[str, ...]:
+    """The first so many prompts, or all.
+
+    Args:
+        of: the file that they come from, for errors.
+
+    Raises:
+        DataError: there are fewer, or none is asked for.
+
+    Example:
+        >>> first_prompts(("a fox", "a hare"), 1, "prompts.txt")
+        ('a fox',)
+    """
+    if count is not None and not 1 <= count <= len(prompts):
+        raise DataError(f"the first {count} prompts are asked for, {of} has {len(prompts)}; expected 1 to {len(prompts)}")
+    return prompts[:count]
+
+
 @attrs.frozen(eq=False)
 class TextKeys:
     """Adds the embeddings of a prompt to a sample.
@@ -90,6 +108,7 @@ class Prompts:
         path: the prompt file.
         text: the embedder.
         extended: a second file whose lines are embedded in the place of the first one's.
+        first: take only so many prompts from the beginning; None takes all.
         negative: the unconditional prompt.
         frames, seed: not used; a data set of prompts holds no clips.
 
@@ -107,9 +126,10 @@ class Prompts:
         torch.Size([4, 32])
     """
 
-    path: str
+    path: FilePath
     text: Choice
-    extended: str | None = None
+    extended: FilePath | None = None
+    first: int | None = None
     negative: str = ""
     frames: int = 1
     seed: int = 0
@@ -120,7 +140,7 @@ class Prompts:
         prompts = read_prompts(self.path)
         if self.extended is not None:
             prompts = read_extended(self.extended, prompts, self.path)
-        object.__setattr__(self, "prompts", prompts)
+        object.__setattr__(self, "prompts", first_prompts(prompts, self.first, self.path))
         object.__setattr__(self, "keys", TextKeys(make_embedder(self.text), self.negative))
 
     def __len__(self) -> int:

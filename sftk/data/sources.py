@@ -23,6 +23,9 @@ from sftk.errors import DataError, SpecError, did_you_mean
 
 TEXT_KEYS = ("prompt_embeds", "negative_embeds")
 
+CHOICES = {"text": ("text embedder", EMBEDDERS), "codec": ("codec", CODECS)}
+"""Options of data sets that name one of several things: what messages call it, and the registry."""
+
 
 @attrs.frozen(kw_only=True)
 class DataSource:
@@ -42,7 +45,6 @@ class DataSource:
         shapes: `shapes(frames=..., channels=..., height=..., width=..., **options)` gives the shapes of a sample's tensors
             without reading anything; None when making a sample is cheap.
         findings: what is wrong with `settings` besides the types of its values.
-        files: options that name files, as paths into the options.
     """
 
     make: Callable[..., Any]
@@ -56,7 +58,6 @@ class DataSource:
     settings: type[Any] | None = None
     shapes: Callable[..., dict[str, tuple[int, ...]]] | None = None
     findings: Callable[[Any], Iterator[Finding]] | None = None
-    files: tuple[tuple[str, ...], ...] = ()
 
     def build(self, *, frames: int, channels: int, height: int, width: int, seed: int, options: Mapping[str, Any]) -> Any:
         """The data set for latents of this size.
@@ -117,10 +118,10 @@ SOURCES: dict[str, DataSource] = {
         keys=("latents", *TEXT_KEYS, "ode_latents", "initial_latents"),
         needs_shape=True,
     ),
-    "prompts": DataSource(make=Prompts, keys=TEXT_KEYS, shapes=prompts_shapes, files=(("path",), ("extended",))),
+    "prompts": DataSource(make=Prompts, keys=TEXT_KEYS, shapes=prompts_shapes),
     "latents": DataSource(make=StoredLatents, keys=("latents", *TEXT_KEYS), needs_shape=True, shapes=latents_shapes),
     "image_captions": DataSource(
-        make=ImageCaptions, keys=("initial_latents", *TEXT_KEYS), needs_shape=True, shapes=image_shapes, files=(("path",),)
+        make=ImageCaptions, keys=("initial_latents", *TEXT_KEYS), needs_shape=True, shapes=image_shapes
     ),
     "ode_pairs": DataSource(
         make=open_pairs,
@@ -129,7 +130,6 @@ SOURCES: dict[str, DataSource] = {
         settings=PairPlan,
         shapes=pairs_shapes,
         findings=plan_findings,
-        files=(("teacher", "weights"),),
     ),
 }
 """Data sets by name; a plugin may add its own."""
@@ -183,7 +183,7 @@ def data_problems(name: str, options: Mapping[str, Any], frames: int, shape: tup
 
 def _named(found: DataSource, options: Mapping[str, Any], frames: int, shape: tuple[int, int, int]) -> Iterator[Finding]:
     """What is wrong with options that name an embedder, a codec or another data set."""
-    for option, kind, registry in (("text", "text embedder", EMBEDDERS), ("codec", "codec", CODECS)):
+    for option, (kind, registry) in CHOICES.items():
         if option in found.options and isinstance(options.get(option), str | Mapping):
             for path, message, hint in choice_findings(kind, registry, options[option]):
                 yield (option, *path), message, hint

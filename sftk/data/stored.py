@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 
-from sftk.data.choices import Choice
+from sftk.data.choices import Choice, FilePath
 from sftk.data.embedders import make_embedder, text_shapes
 from sftk.data.lmdb_store import LatentStore, check_latents
 from sftk.data.prompts import TextKeys
@@ -41,7 +41,7 @@ class StoredLatents:
         torch.Size([2, 4, 8, 8])
     """
 
-    path: str
+    path: FilePath
     text: Choice
     frames: int
     channels: int

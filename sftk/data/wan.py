@@ -10,6 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from sftk.data.choices import FilePath
 from sftk.data.embeddings import EmbeddingStore
 from sftk.errors import DataError, ShapeError
 from sftk.models.text import TextEncoder, load_text_encoder
@@ -28,7 +29,7 @@ class WanVaeCodec:
     """Wan's VAE, see `sftk.models.vae`.
 
     Args:
-        path: of the weights, see `load_vae`; from the working directory.
+        path: of the weights, see `load_vae`.
         device: `auto` is CUDA where there is one.
         dtype: to compute in; Wan computes in float32.
         tile: side of a tile in pixels, for cards that do not hold a whole picture's activations; 0 is none.
@@ -47,7 +48,7 @@ class WanVaeCodec:
         (16, 8, 81)
     """
 
-    path: str
+    path: FilePath
     device: str = "auto"
     dtype: DType = "fp32"
     tile: int = 0
@@ -117,7 +118,7 @@ class Umt5Embedder:
     """Wan's text encoder, see `sftk.models.text`. It takes 11 GB; to train, embed the prompts before (`sftk data embed`).
 
     Args:
-        path: of the weights, see `load_text_encoder`; from the working directory.
+        path: of the weights, see `load_text_encoder`.
         tokenizer: its folder, where it does not lie beside the weights.
         device: `auto` is CUDA where there is one.
         dtype: to compute in.
@@ -133,8 +134,8 @@ class Umt5Embedder:
         (512, 4096)
     """
 
-    path: str
-    tokenizer: str | None = None
+    path: FilePath
+    tokenizer: FilePath | None = None
     device: str = "auto"
     dtype: DType = "bf16"
     offload: bool = False
@@ -183,7 +184,7 @@ class StoredEmbedder:
     """Reads embeddings that `sftk data embed` has computed, so that no process holds the encoder.
 
     Args:
-        path: the store; from the working directory.
+        path: the store.
         text_len, text_dim: of the embeddings; the store's must be the same.
 
     Raises:
@@ -194,7 +195,7 @@ class StoredEmbedder:
         (512, 4096)
     """
 
-    path: str
+    path: FilePath
     text_len: int = 512
     text_dim: int = 4096
 

@@ -9,6 +9,7 @@ from sftk.functional.frame_noise import FrameNoise
 from sftk.functional.guidance import guide
 from sftk.functional.interval import draw_interval, ramp
 from sftk.functional.keys import Key, RecordedKey
+from sftk.functional.last_frames import PictureCodec, first_frames, last_frames_with_image, last_picture
 from sftk.functional.layout import Layout
 from sftk.functional.noise import (
     add_noise,
@@ -38,6 +39,7 @@ __all__ = [
     "KVCache",
     "Key",
     "Layout",
+    "PictureCodec",
     "RecordedKey",
     "Step",
     "add_noise",
@@ -61,6 +63,7 @@ __all__ = [
     "euler_step",
     "exact_derivatives",
     "exit_step",
+    "first_frames",
     "flow_tangent",
     "flow_target",
     "flow_to_noise",
@@ -69,6 +72,8 @@ __all__ = [
     "guide",
     "interpolate",
     "join_blocks",
+    "last_frames_with_image",
+    "last_picture",
     "noise_to_x0",
     "pick_ode_states",
     "plan_blocks",

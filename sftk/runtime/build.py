@@ -14,7 +14,7 @@ from torch import nn
 
 from sftk.core.graph import Graph
 from sftk.core.replay import Tape, replayed
-from sftk.data.builtins import builtin
+from sftk.data.builtins import ready_made
 from sftk.errors import CheckpointError
 from sftk.models.branch import ClassifierBranch
 from sftk.models.wan import WanModel
@@ -30,7 +30,8 @@ from sftk.runtime.segments import compile_segments
 from sftk.runtime.sequence import SequenceGroup, share_sequence
 from sftk.runtime.shards import local, rows
 from sftk.spec.arrangement import policies
-from sftk.spec.fetch import missing_files
+from sftk.spec.data_files import found_codec
+from sftk.spec.fetch import how_to_get, missing_files
 from sftk.spec.files import find_file
 from sftk.spec.recipe import Stage
 from sftk.spec.schema import ModelSection, PhaseSection, Recipe
@@ -96,7 +97,7 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder, mesh:
     updated = {role for phase in recipe.phases for role in phase.roles}
     modules: dict[str, nn.Module] = {}
     for role, section in recipe.models.items():
-        if section.ema_of is None and section.builtin is None:
+        if section.ema_of is None and not section.ready_made:
             model = _build(stage, role, weights_file(section, stage, earlier), mesh, device, compiled)
             modules[role] = model.requires_grad_(role in updated)
     called = {section.ema_of for section in recipe.models.values()}
@@ -111,8 +112,8 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder, mesh:
             average = emas[section.ema_of].module
             assert average is not None
             ports[role] = make_port(average, dtype)
-        elif section.builtin is not None:
-            ports[role] = builtin(section.builtin, device)
+        elif section.ready_made:
+            ports[role] = ready_made(section.builtin, found_codec(section.codec, stage.path), device)
     optimizers: dict[str, torch.optim.Optimizer] = {
         role: make_optimizer(modules[role].parameters(), section) for role, section in recipe.optimizers.items()
     }
@@ -220,6 +221,6 @@ def weights_file(section: ModelSection, stage: Stage, earlier: WeightFinder) -> 
         return earlier[section.weights]
     for file in missing_files(stage):
         if file.name == section.weights:
-            message = f"the weights {file.name!r} of {', '.join(file.used_by)} are not here yet"
-            raise CheckpointError(f"{message}; download them with `sftk fetch {stage.path}`")
+            how = how_to_get(file.folder or file.name, stage.recipe.fetch)
+            raise CheckpointError(f"the weights {file.name!r} of {', '.join(file.used_by)} are not here yet; {how}")
     return find_file(section.weights, stage.path)

@@ -14,7 +14,7 @@ import torch
 from sftk.functional.attention import available_backends
 from sftk.runtime.plan import plan_stage
 from sftk.runtime.plan_layout import GIB
-from sftk.spec.fetch import NamedFile, recipe_files
+from sftk.spec.fetch import NamedFile, how_to_get, recipe_files
 from sftk.spec.recipe import Stage
 
 LIBRARIES = ("torch", "tensordict", "safetensors", "lmdb", "av", "transformers", "diffusers", "torchao", "huggingface_hub")
@@ -50,8 +50,8 @@ def examine(stage: Stage) -> Iterator[Finding]:
 def _file(file: NamedFile, stage: Stage) -> Finding:
     users = ", ".join(file.used_by)
     if file.path is None:
-        repo = stage.recipe.fetch[file.folder or file.name].repo
-        return Finding(kind="missing", text=f"{file.name} ({users}): not here; sftk fetch brings it from {repo}")
+        how = how_to_get(file.folder or file.name, stage.recipe.fetch)
+        return Finding(kind="missing", text=f"{file.name} ({users}): not here; {how}")
     size = _size(file.path)
     if size == 0:
         return Finding(kind="missing", text=f"{file.name} ({users}): {file.path} is empty; download it again")

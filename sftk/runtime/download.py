@@ -1,4 +1,4 @@
-"""Downloads what a recipe's `fetch` names, with huggingface_hub when it is installed."""
+"""What a recipe's `fetch` brings; downloads go through huggingface_hub when it is installed."""
 
 from __future__ import annotations
 
@@ -28,8 +28,13 @@ class Download:
 
     @property
     def command(self) -> str:
-        """The shell command that makes it."""
+        """The shell command that makes it, or a comment."""
         return fetch_command(self.folder, self.section)
+
+    @property
+    def downloads(self) -> bool:
+        """Whether huggingface_hub brings it; else its user makes it."""
+        return self.section.repo is not None
 
 
 def downloads(stages: Sequence[Stage], *, everything: bool = False) -> tuple[Download, ...]:
@@ -55,6 +60,9 @@ def downloads(stages: Sequence[Stage], *, everything: bool = False) -> tuple[Dow
 
 def run_download(download: Download) -> str:
     """Downloads one entry; what is there already is not fetched again.
+
+    Args:
+        download: one with a `repo`.
 
     Returns:
         The folder.

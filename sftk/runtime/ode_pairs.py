@@ -34,7 +34,7 @@ from sftk.models.weight_folders import transformer_folder
 from sftk.models.weights import build_model, read_config
 from sftk.runtime.device import pick_device, set_precision
 from sftk.runtime.port import Port
-from sftk.spec.data_files import change_files, found_files
+from sftk.spec.data_files import change_files, found_files, named_files
 from sftk.spec.recipe import Stage
 from sftk.spec.schema import AUTO, LatentsSection
 
@@ -96,7 +96,7 @@ def pair_job(stage: Stage) -> PairJob | None:
     if plan.teacher is None or is_environment(Path(plan.path)):
         return None
     assert isinstance(plan, PairPlan) and plan.source is not None
-    named = change_files("ode_pairs", options, file_digest)
+    named = change_files(options, named_files("ode_pairs", options), file_digest)
     solver = attrs.asdict(plan.solver)
     times = (*inference_timesteps(plan.solver.steps, plan.solver.shift), 0.0)
     about = {
@@ -104,7 +104,7 @@ def pair_job(stage: Stage) -> PairJob | None:
         "solver": solver,
         "times": [times[index] for index in plan.states()],
         "source": named["source"],
-        "text": plan.text,
+        "text": named["text"],
         "negative": plan.negative,
         "initial_frames": plan.initial_frames,
         "seed": plan.seed,

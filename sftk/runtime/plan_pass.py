@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sftk.data.builtins import builtin
+from sftk.data.builtins import ready_made
 from sftk.functional.keys import Key
 from sftk.models.branch import ClassifierBranch
 from sftk.models.weights import DTYPES
@@ -99,8 +99,8 @@ def pass_stage(stage: Stage) -> StagePass:
     models: dict[str, nn.Module] = {}
     sizes: dict[str, RoleSize] = {}
     for role, section in recipe.models.items():
-        if section.builtin is not None:
-            models[role] = builtin(section.builtin, device)
+        if section.ready_made:
+            models[role] = ready_made(section.builtin, section.codec, device)
             continue
         with device:
             model = construct(recipe, section.ema_of or role).to(DTYPES[section.dtype])
@@ -149,7 +149,13 @@ def _pass_phase(
         active.trace = trace = Trace()
         values["key"] = ExitKey(seed=recipe.seed, phase=phase.name, samples=batch["key"].samples)
         calls: dict[str, float] = {}
-        ports = {port: _CountedPort(models, phase.models.get(port, port), recipe, active, calls, found) for port in graph.ports}
+        roles = {port: phase.models.get(port, port) for port in graph.ports}
+        ports = {
+            port: models[role]
+            if recipe.models[role].codec is not None
+            else _CountedPort(models, role, recipe, active, calls, found)
+            for port, role in roles.items()
+        }
         with trace, half or nullcontext():
             for tensor in values.values():
                 if isinstance(tensor, Tensor):
@@ -183,7 +189,7 @@ class _CountedPort:
     ):
         self.role, self.active, self.calls, self.found = role, active, calls, found
         module = models[role]
-        plain = recipe.models[role].builtin is not None
+        plain = recipe.models[role].ready_made
         self.port = module if plain else make_port(module, None)
         self.trains = any(p.requires_grad for p in module.parameters())
         if isinstance(module, ClassifierBranch):

@@ -9,6 +9,7 @@ from sftk.errors import SpecError
 from sftk.runtime.evaluators import evaluation_problems
 from sftk.runtime.ode_pairs import make_pairs, pair_job
 from sftk.runtime.progress import TrainingProgress
+from sftk.spec.fetch import require_files
 from sftk.spec.recipe import Stage, load_recipe
 
 
@@ -39,7 +40,11 @@ def prepare_data(stage: Stage, progress: TrainingProgress) -> None:
     Args:
         stage: about to start.
         progress: shows how far it is.
+
+    Raises:
+        DataError: files that the stage reads must be downloaded or made first.
     """
+    require_files(stage)
     prepare = PREPARERS.get(stage.recipe.data.use)
     if prepare is not None:
         prepare(stage, progress)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sftk.core.geometry import LatentShape
-from sftk.data.builtins import builtin
+from sftk.data.builtins import ready_made
 from sftk.data.sources import source
 from sftk.errors import Problem, SpecError
 from sftk.functional.keys import Key
@@ -41,8 +41,8 @@ def check_shapes(stage: Stage) -> list[PhaseShapes]:
     models: dict[str, nn.Module] = {}
     sizes: dict[str, int] = {}
     for role, section in recipe.models.items():
-        if section.builtin is not None:
-            models[role] = builtin(section.builtin, device)
+        if section.ready_made:
+            models[role] = ready_made(section.builtin, section.codec, device)
             continue
         with device:
             models[role] = construct(recipe, section.ema_of or role).to(DTYPES[section.dtype])
@@ -58,7 +58,7 @@ def check_shapes(stage: Stage) -> list[PhaseShapes]:
             module.requires_grad_(role in phase.roles)
         roles = {port: phase.models.get(port, port) for port in graph.ports}
         ports = {
-            port: models[role] if recipe.models[role].builtin is not None else make_port(models[role], dtype)
+            port: models[role] if recipe.models[role].ready_made else make_port(models[role], dtype)
             for port, role in roles.items()
         }
         values = {name: batch[name] for name in (*graph.inputs, *graph.optional) if name in batch}

@@ -11,11 +11,13 @@ import torch
 from sftk.core.graph import Graph
 from sftk.core.replay import is_replayable
 from sftk.data.builtins import BUILTINS
+from sftk.data.choices import Choice, choice_findings
+from sftk.data.codecs import CODECS, make_codec
 from sftk.data.sources import SOURCES, data_keys, data_problems
-from sftk.errors import Problem, SpecError, did_you_mean
+from sftk.errors import DataError, Problem, SpecError, did_you_mean
 from sftk.models.branch import ClassifierBranch
 from sftk.spec.arrangement import sequence_problems
-from sftk.spec.data_files import named_files
+from sftk.spec.data_files import Places, codec_files, named_files
 from sftk.spec.document import Document
 from sftk.spec.fetch import download_of
 from sftk.spec.files import find_file
@@ -64,6 +66,9 @@ class Checks:
                     hint = did_you_mean(model.builtin, BUILTINS)
                     self._say(("models", role, "builtin"), f"unknown built-in model {model.builtin!r}", hint)
                 continue
+            if model.codec is not None:
+                self._codec(role, model.codec)
+                continue
             if model.ema_of is not None:
                 if model.ema_of not in recipe.ema:
                     self._say(
@@ -95,8 +100,25 @@ class Checks:
                 self._say(("ema", role), f"{role!r} is not a model of this recipe", did_you_mean(role, models))
             elif models[role].ema_of is not None:
                 self._say(("ema", role), f"{role!r} is an average itself", f"keep one of {models[role].ema_of!r}")
-            elif models[role].builtin is not None:
-                self._say(("ema", role), f"{role!r} is built in and never changes")
+            elif models[role].ready_made:
+                self._say(("ema", role), f"{role!r} is {_ready_made(models[role])} and never changes")
+
+    def _codec(self, role: str, codec: Choice) -> None:
+        """A codec's options, its files, and whether it makes the recipe's latents."""
+        place, channels = ("models", role, "codec"), self.recipe.latents.channels
+        findings = list(choice_findings("codec", CODECS, codec))
+        for path, message, hint in findings:
+            self._say((*place, *path), message, hint)
+        self._files(place, codec_files(codec))
+        if findings:
+            return
+        try:
+            made = make_codec(codec).channels
+        except DataError as error:
+            self._say(place, str(error))
+            return
+        if made != channels:
+            self._say(place, f"the codec makes latents of {made} channels, the recipe has {channels}")
 
     def _branch(self, role: str, model: ModelSection) -> None:
         """A branch reads hidden states of a backbone of this recipe."""
@@ -152,19 +174,24 @@ class Checks:
             data.use, data.with_, shape.frames, (shape.channels, shape.height, shape.width)
         ):
             self._say(("data", *path), message, hint)
-        for path, name in named_files(data.use, data.with_):
+        self._files(("data", "with"), named_files(data.use, data.with_))
+
+    def _files(self, place: tuple[str | int, ...], files: Places) -> None:
+        """Files that options name are there, or `fetch` says how to get them."""
+        for path, name in files:
             if download_of(name, self.recipe.fetch) is not None:
                 continue
             try:
                 find_file(name, self.path)
             except SpecError as error:
                 for problem in error.problems:
-                    self._say(("data", "with", *path), problem.message, problem.hint)
+                    self._say((*place, *path), problem.message, problem.hint)
 
     def _fetch(self) -> None:
         """A download that nothing names is a misspelt name on one side or the other."""
         recipe = self.recipe
         named = [model.weights for model in recipe.models.values() if model.weights is not None]
+        named += [name for model in recipe.models.values() for _, name in codec_files(model.codec)]
         named += [name for _, name in named_files(recipe.data.use, recipe.data.with_)]
         for folder, section in recipe.fetch.items():
             if not any(download_of(name, {folder: section}) for name in named):
@@ -188,8 +215,8 @@ class Checks:
                 self._say((*place, "update"), f"{role!r} has no optimizer", f"add optimizers: {{{role}: ...}}")
             elif recipe.models[role].ema_of is not None:
                 self._say((*place, "update"), f"{role!r} is an average and cannot be updated")
-            elif recipe.models[role].builtin is not None:
-                self._say((*place, "update"), f"{role!r} is built in and cannot be updated")
+            elif recipe.models[role].ready_made:
+                self._say((*place, "update"), f"{role!r} is {_ready_made(recipe.models[role])} and cannot be updated")
         graph = self.graphs[index]
         if graph is None:
             return
@@ -253,3 +280,7 @@ class Checks:
                     f"{phase.graph} needs the input {key!r}, which neither the data nor the runner gives",
                     did_you_mean(key, known),
                 )
+
+
+def _ready_made(model: ModelSection) -> str:
+    return "built in" if model.codec is None else "a codec"

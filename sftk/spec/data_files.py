@@ -1,4 +1,4 @@
-"""Files that a recipe's data section names: found as specs and weights are."""
+"""Files that the options of data sets, embedders and codecs name: found as specs and weights are."""
 
 from __future__ import annotations
 
@@ -7,37 +7,51 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sftk.data.sources import SOURCES
+from sftk.data.choices import file_options, options_of, section_class
+from sftk.data.sources import CHOICES, SOURCES
 from sftk.spec.document import KeyPath
 from sftk.spec.files import find_file
 
+Places = Iterator[tuple[KeyPath, str]]
+"""Where a file is named, as a path into the options, and its name."""
 
-def named_files(use: str, options: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """Where a data set's options name a file, and which; those of a `source` inside them among them.
+
+def named_files(use: str, options: Mapping[str, Any]) -> Places:
+    """Where a data set's options name a file, and which; those of its embedder, its codec and a `source` among them.
 
     Example:
         >>> options = {"source": {"use": "prompts", "with": {"path": "a.txt"}}, "teacher": {"weights": "b.safetensors"}}
         >>> list(named_files("ode_pairs", options))
-        [(('teacher', 'weights'), 'b.safetensors'), (('source', 'with', 'path'), 'a.txt')]
+        [(('source', 'with', 'path'), 'a.txt'), (('teacher', 'weights'), 'b.safetensors')]
     """
-    if use not in SOURCES:
-        return
-    for path in SOURCES[use].files:
-        value: Any = options
-        for key in path:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if isinstance(value, str):
-            yield path, value
-    inner = options.get("source")
-    if isinstance(inner, Mapping) and isinstance(inner.get("with"), Mapping):
-        for path, name in named_files(str(inner.get("use")), inner["with"]):
-            yield ("source", "with", *path), name
+    if use in SOURCES:
+        yield from _option_files(SOURCES[use].settings or SOURCES[use].make, options)
 
 
-def change_files(use: str, options: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """A copy of the options with each file's name changed."""
-    changed = copy.deepcopy(dict(options))
-    for path, name in named_files(use, options):
+def codec_files(codec: Any) -> Places:
+    """The same for a codec as a recipe writes it.
+
+    Example:
+        >>> list(codec_files({"use": "wan_vae", "with": {"path": "wan_models/Wan2.1-T2V-1.3B"}}))
+        [(('with', 'path'), 'wan_models/Wan2.1-T2V-1.3B')]
+    """
+    yield from _choice_files("codec", codec)
+
+
+def change_files(value: Mapping[str, Any], places: Places, change: Callable[[str], str]) -> dict[str, Any]:
+    """A copy of a mapping with each file's name changed.
+
+    Args:
+        value: the options, or a choice.
+        places: from `named_files` or `codec_files`.
+
+    Example:
+        >>> codec = {"use": "wan_vae", "with": {"path": "vae"}}
+        >>> change_files(codec, codec_files(codec), str.upper)
+        {'use': 'wan_vae', 'with': {'path': 'VAE'}}
+    """
+    changed = copy.deepcopy(dict(value))
+    for path, name in places:
         place: Any = changed
         for key in path[:-1]:
             place = place[key]
@@ -46,7 +60,7 @@ def change_files(use: str, options: Mapping[str, Any], change: Callable[[str], s
 
 
 def found_files(use: str, options: Mapping[str, Any], beside: Path | None) -> dict[str, Any]:
-    """A copy of the options with each file's name replaced by where it was found.
+    """A copy of a data set's options with each file's name replaced by where it was found.
 
     Args:
         beside: the recipe.
@@ -54,4 +68,47 @@ def found_files(use: str, options: Mapping[str, Any], beside: Path | None) -> di
     Raises:
         SpecError: a file is missing.
     """
-    return change_files(use, options, lambda name: str(find_file(name, beside)))
+    return change_files(options, named_files(use, options), lambda name: str(find_file(name, beside)))
+
+
+def found_codec(codec: Any, beside: Path | None) -> Any:
+    """A codec (or None) with each file's name replaced by where it was found.
+
+    Args:
+        beside: the recipe.
+
+    Raises:
+        SpecError: a file is missing.
+    """
+    if not isinstance(codec, Mapping):
+        return codec
+    return change_files(codec, codec_files(codec), lambda name: str(find_file(name, beside)))
+
+
+def _option_files(make: Callable[..., Any], options: Mapping[str, Any]) -> Places:
+    files, annotations = file_options(make), options_of(make)
+    for option, value in options.items():
+        if option in files and isinstance(value, str):
+            yield (option,), value
+        elif option not in annotations or not isinstance(value, Mapping):
+            continue
+        elif option in CHOICES:
+            yield from _under(option, _choice_files(option, value))
+        elif option == "source":
+            inner = value.get("with")
+            if isinstance(inner, Mapping):
+                yield from _under(option, _under("with", named_files(str(value.get("use")), inner)))
+        elif (section := section_class(annotations[option])) is not None:
+            yield from _under(option, _option_files(section, value))
+
+
+def _choice_files(option: str, choice: Any) -> Places:
+    _, registry = CHOICES[option]
+    inner = choice.get("with") if isinstance(choice, Mapping) else None
+    if isinstance(inner, Mapping) and str(choice.get("use")) in registry:
+        yield from _under("with", _option_files(registry[choice["use"]], inner))
+
+
+def _under(key: str, places: Places) -> Places:
+    for path, name in places:
+        yield (key, *path), name

@@ -1,4 +1,4 @@
-"""Files of a recipe that can be downloaded: which they are, which are here, and the command that fetches the others."""
+"""Files that a recipe names: which they are, which are here, and how the others are downloaded or made."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from sftk.errors import SpecError
+from sftk.errors import DataError, SpecError
 from sftk.models.tensor_files import split_entry
-from sftk.spec.data_files import named_files
+from sftk.spec.data_files import codec_files, named_files
 from sftk.spec.files import find_file
 from sftk.spec.schema import FetchSection
 
@@ -78,6 +78,8 @@ def recipe_files(stage: Stage) -> tuple[NamedFile, ...]:
     for role, model in recipe.models.items():
         if model.weights is not None:
             used.setdefault(model.weights, []).append(f"models.{role}")
+        for path, name in codec_files(model.codec):
+            used.setdefault(name, []).append(".".join(("models", role, "codec", *map(str, path))))
     for path, name in named_files(recipe.data.use, recipe.data.with_):
         used.setdefault(name, []).append(".".join(("data", "with", *map(str, path))))
     found = []
@@ -93,7 +95,7 @@ def recipe_files(stage: Stage) -> tuple[NamedFile, ...]:
 
 
 def missing_files(stage: Stage) -> tuple[NamedFile, ...]:
-    """Files of a stage that must be downloaded first.
+    """Files of a stage that must be downloaded or made first.
 
     Example:
         >>> from sftk.spec.recipe import load_recipe
@@ -103,13 +105,48 @@ def missing_files(stage: Stage) -> tuple[NamedFile, ...]:
     return tuple(file for file in recipe_files(stage) if file.path is None)
 
 
+def require_files(stage: Stage) -> None:
+    """Checks that everything is there that a stage reads, before it starts.
+
+    Raises:
+        DataError: files are missing; each is named with its users and the way to get it.
+    """
+    lines = [
+        f"{file.name} ({', '.join(file.used_by)}) is not here; {how_to_get(file.folder or file.name, stage.recipe.fetch)}"
+        for file in missing_files(stage)
+    ]
+    if lines:
+        raise DataError("\n".join(lines))
+
+
+def how_to_get(folder: str, fetch: Mapping[str, FetchSection]) -> str:
+    """How an entry of `fetch` comes to be, for a message.
+
+    Example:
+        >>> how_to_get("data/clips", {"data/clips": FetchSection(own="clips of your own")})
+        'put it there: clips of your own'
+        >>> how_to_get("models", {"models": FetchSection(repo="someone/weights")})
+        'download it: hf download someone/weights --local-dir models'
+    """
+    section = fetch[folder]
+    if section.own is not None:
+        return f"put it there: {section.own}"
+    return f"{'make' if section.repo is None else 'download'} it: {fetch_command(folder, section)}"
+
+
 def fetch_command(folder: str, section: FetchSection) -> str:
-    """The shell command that downloads an entry of `fetch` into its folder.
+    """The shell command that makes an entry of `fetch`; a comment for what only the user has.
 
     Source: huggingface_hub, `hf download`.
 
     Example:
         >>> fetch_command("wan_models/Wan2.1-T2V-1.3B", FetchSection(repo="Wan-AI/Wan2.1-T2V-1.3B"))
         'hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir wan_models/Wan2.1-T2V-1.3B'
+        >>> fetch_command("data/clips", FetchSection(own="clips of your own"))
+        '# data/clips: clips of your own'
     """
+    if section.command is not None:
+        return section.command
+    if section.repo is None:
+        return f"# {folder}: {section.own}"
     return shlex.join(["hf", "download", section.repo, *section.files, "--local-dir", folder])

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import attrs
 
+from sftk.data.choices import Choice
 from sftk.functional.attention import Backend
 from sftk.models.branch import BranchConfig
 from sftk.models.config import PRESETS, WanConfig, preset
@@ -61,7 +62,7 @@ class ModelSection:
 
     The size `auto` is that of the weights; reading a recipe puts it in place, see `sftk.spec.sizes`.
     Instead of a size, `ema_of` is another role's average, `branch_of` a classifier branch on another role's hidden states, of
-    the size `branch`, and `builtin` a frozen module of the package, see `sftk.data.builtins`.
+    the size `branch`, `builtin` a frozen module of the package, see `sftk.data.builtins`, and `codec` a codec, frozen, too.
     """
 
     size: str | WanConfig | None = attrs.field(default=None, validator=_known_size)
@@ -70,14 +71,15 @@ class ModelSection:
     branch_of: str | None = None
     branch: BranchConfig | None = None
     builtin: str | None = None
+    codec: Choice | None = None
     backend: Backend = "auto"
     checkpoint: Literal["none", "full"] = "none"
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
     parallel: ModelParallel = attrs.field(factory=ModelParallel)
 
     def __attrs_post_init__(self) -> None:
-        if [self.size, self.ema_of, self.branch_of, self.builtin].count(None) != 3:
-            raise ValueError("a model has one of `size`, `ema_of`, `branch_of` and `builtin`")
+        if [self.size, self.ema_of, self.branch_of, self.builtin, self.codec].count(None) != 4:
+            raise ValueError("a model has one of `size`, `ema_of`, `branch_of`, `builtin` and `codec`")
         if self.size == AUTO and self.weights is None:
             raise ValueError("size: auto is read from `weights`, which this model lacks; name them, or a size")
         if (self.branch is None) != (self.branch_of is None):
@@ -85,11 +87,17 @@ class ModelSection:
         if self.branch is not None and self.checkpoint != "none":
             raise ValueError("a classifier branch has no blocks to `checkpoint`; set it on the role that it reads")
         untouched = (self.weights, self.backend, self.checkpoint, self.dtype) == (None, "auto", "none", "fp32")
-        if self.builtin is not None and not (untouched and self.parallel == ModelParallel()):
+        if self.ready_made and not (untouched and self.parallel == ModelParallel()):
+            kind = "built-in model" if self.codec is None else "codec"
             kept = "`weights`, `backend`, `checkpoint`, `dtype` and `parallel`"
-            raise ValueError(f"a built-in model comes as it is, without {kept}")
+            raise ValueError(f"a {kind} comes as it is, without {kept}")
         if self.ema_of is not None and self.parallel != ModelParallel():
             raise ValueError(f"an average lies where {self.ema_of!r} does; say `parallel` there")
+
+    @property
+    def ready_made(self) -> bool:
+        """Whether it comes frozen and without a port around it: a built-in module or a codec."""
+        return self.builtin is not None or self.codec is not None
 
     @property
     def config(self) -> WanConfig:
@@ -223,13 +231,22 @@ class TrackSection:
 
 @attrs.frozen(kw_only=True)
 class FetchSection:
-    """Where files that a recipe names can be had: a Hugging Face repository; `files` of it, or all.
+    """Where files that a recipe names can be had: a Hugging Face repository (`files` of it, or all), a command, or their user.
 
-    The key in a recipe's `fetch` is the folder that the download makes; files keep their path in the repository below it.
+    The key in a recipe's `fetch` is the folder that the download or the command makes; files of a repository keep their path in
+    it. `command` is shown, never run; `own` says in words what the user has to put there.
     """
 
-    repo: str
+    repo: str | None = None
     files: tuple[str, ...] = ()
+    command: str | None = None
+    own: str | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if [self.repo, self.command, self.own].count(None) != 2:
+            raise ValueError("files come from one of `repo`, `command` and `own`")
+        if self.files and self.repo is None:
+            raise ValueError("`files` are those of a `repo`")
 
 
 @attrs.frozen(kw_only=True)
