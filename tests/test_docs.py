@@ -186,6 +186,7 @@ def test_every_option_is_documented_with_its_default():
 OBJECTIVES = {
     "DMD": ("dmd",),
     "SiD": ("sid",),
+    "Long rollouts": ("rollout_long",),
     "GAN": ("discriminator", "adversarial", "adversarial_relativistic", "gan_generator", "gan_discriminator"),
     "DMD2": ("dmd2_generator", "dmd2_critic"),
     "ODE regression": ("ode_regression",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,12 +156,22 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds more than tensors, or is no PyTorch file; expected dictionaries of tensors: save its state_dict anew"
+            f"{path} holds more than tensors, or is no PyTorch file; expected dictionaries of tensors. {_saved_anew(path)}"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        if tarfile.is_tarfile(path):
+            raise CheckpointError(f"{path} is a .tar of an old PyTorch, which can hold code. {_saved_anew(path)}") from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         size = path.stat().st_size
         raise CheckpointError(f"{path} is not a whole PyTorch file ({size} bytes): {reason}; copy it again") from error
+
+
+def _saved_anew(path: Path) -> str:
+    """How a file that PyTorch reads only by running it becomes one of tensors."""
+    new = path.with_name(f"{path.stem}_tensors{path.suffix}")
+    script = f"import torch; m = torch.load('{path}', 'cpu', weights_only=False)"
+    save = f"torch.save(m.state_dict() if hasattr(m, 'state_dict') else m, '{new}')"
+    return f'If you trust where it comes from, save its tensors anew: python -c "{script}; {save}"'
 
 
 def _choose(path: Path, value: Any, entry: str | None) -> tuple[dict[str, Tensor], str | None]:
@@ -172,7 +183,10 @@ def _choose(path: Path, value: Any, entry: str | None) -> tuple[dict[str, Tensor
     if entry is None:
         entry = next((name for name in ENTRIES if name in entries), entries[0] if len(entries) == 1 else None)
     if entry is None:
-        there = f"the entries {', '.join(entries)}" if entries else f"only {', '.join(map(str, list(value)[:8])) or 'nothing'}"
+        others = [str(key) for key, part in value.items() if not isinstance(part, Tensor)]
+        if len(others) < len(value) and not entries:
+            raise CheckpointError(f"{path} holds {', '.join(others[:8])} besides tensors; expected tensors alone")
+        there = f"the entries {', '.join(entries)}" if entries else f"only {', '.join(others[:8]) or 'nothing'}"
         raise CheckpointError(f"{path} holds {there}; expected tensors, or name the entry: {path.name}:<entry>")
     if entry not in entries:
         there = f"the entries {', '.join(entries)}" if entries else "a plain dictionary of tensors"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import re
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +95,38 @@ def test_pickles_run_nothing(tmp_path, capsys):
     torch.save({"generator": {"a": torch.zeros(1)}, "args": Malicious()}, tmp_path / "m.pt")
     assert "m.pt holds more than tensors, or is no PyTorch file" in message(tmp_path / "m.pt")
     (tmp_path / "m.pt").write_bytes(pickle.dumps(Malicious(), protocol=2))
-    assert "save its state_dict anew" in message(tmp_path / "m.pt")
+    assert "save its tensors anew: python -c" in message(tmp_path / "m.pt")
     assert "unpickled" not in capsys.readouterr().out
+
+
+def test_files_of_old_versions_of_pytorch(make_wan, tmp_path, capsys):
+    """Before 1.6 a file was a sequence of pickles, which loads; before 0.1.10 a .tar, which cannot be read as tensors only."""
+    tensors = make_wan().state_dict()
+    torch.save(tensors, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    assert read_tensors(tmp_path / "legacy.pth").keys() == tensors.keys()
+    with tarfile.open(tmp_path / "old.pth", "w:") as archive:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            data = pickle.dumps(Malicious(), protocol=2)
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    found = message(tmp_path / "old.pth")
+    assert f"{tmp_path / 'old.pth'} is a .tar of an old PyTorch, which can hold code. If you trust" in found
+    assert f"torch.save(m.state_dict() if hasattr(m, 'state_dict') else m, '{tmp_path / 'old_tensors.pth'}')" in found
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def test_the_command_that_a_message_gives_mends_the_file(make_wan, tmp_path):
+    torch.save(make_wan(), tmp_path / "whole.pth")
+    script = re.search(r'python -c "(.*)"$', message(tmp_path / "whole.pth"))
+    assert script is not None
+    exec(script[1])
+    assert read_tensors(tmp_path / "whole_tensors.pth").keys() == make_wan().state_dict().keys()
+
+
+def test_tensors_among_other_things(tmp_path):
+    torch.save({"a": torch.zeros(1), "step": 3}, tmp_path / "m.pt")
+    assert message(tmp_path / "m.pt").endswith("m.pt holds step besides tensors; expected tensors alone")
 
 
 @pytest.mark.parametrize(

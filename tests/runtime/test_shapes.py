@@ -71,3 +71,20 @@ def test_phases_that_read_one_another(tiny, tmp_path):
     )
     assert check_shapes(stage)[1].outputs["x0"] == "float32 [2, 12, 4, 8, 8]"
     assert shapes.PhaseShapes.__doc__
+
+
+def test_objectives_on_long_rollouts_fit_together():
+    """The generators and critics of SiD and of a GAN that judge a window; those of DMD have a recipe."""
+    window = "{steps: [1000, 500], shift: 3.0, window: 6, judged_frames: 6, grad_frames: 3}"
+    long = ["latents.frames=12", "models.codec={codec: digits}", "batch.global=2", "batch.per_rank=2"]
+    phases = {"sid": ("generator", "critic"), "gan": ("generator", "discriminator")}
+    graphs = {"sid": ("sid_generator_long", "score_critic_long"), "gan": ("gan_generator_long", "gan_discriminator_long")}
+    for name, (first, second) in phases.items():
+        given = [
+            f"phases.{phase}.graph=specs/{graph}.yaml"
+            for phase, graph in zip((first, second), graphs[name], strict=True)
+        ]
+        given += [f"phases.{phase}.with={window}" for phase in (first, second)]
+        (stage,) = load_recipe(f"recipes/digits/{name}.yaml", [*long, *given])
+        for found in check_shapes(stage):
+            assert found.outputs["x0"] == "float32 [2, 6, 4, 8, 8]"
