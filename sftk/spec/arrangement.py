@@ -83,7 +83,7 @@ def policies(recipe: Recipe) -> dict[str, ModelParallel]:
     return {
         role: model.parallel.over(recipe.parallel)
         for role, model in recipe.models.items()
-        if model.builtin is None and model.ema_of is None
+        if not model.ready_made and model.ema_of is None
     }
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from sftk.errors import CheckpointError
 from sftk.models.formats import open_weights
+from sftk.models.mapped import map_file
 from sftk.models.weights import load_weights, read_config, read_tensors
 
 STEM = "diffusion_pytorch_model"
@@ -103,7 +104,7 @@ def test_files_of_old_versions_of_pytorch(make_wan, tmp_path, capsys):
     """Before 1.6 a file was a sequence of pickles, which loads; before 0.1.10 a .tar, which cannot be read as tensors only."""
     tensors = make_wan().state_dict()
     torch.save(tensors, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
-    assert read_tensors(tmp_path / "legacy.pth").keys() == tensors.keys()
+    assert map_file(tmp_path / "legacy.pth").keys() == tensors.keys()
     with tarfile.open(tmp_path / "old.pth", "w:") as archive:
         for name in ("sys_info", "pickle", "storages", "tensors"):
             data = pickle.dumps(Malicious(), protocol=2)
@@ -121,7 +122,7 @@ def test_the_command_that_a_message_gives_mends_the_file(make_wan, tmp_path):
     script = re.search(r'python -c "(.*)"$', message(tmp_path / "whole.pth"))
     assert script is not None
     exec(script[1])
-    assert read_tensors(tmp_path / "whole_tensors.pth").keys() == make_wan().state_dict().keys()
+    assert map_file(tmp_path / "whole_tensors.pth").keys() == make_wan().state_dict().keys()
 
 
 def test_tensors_among_other_things(tmp_path):
