@@ -155,7 +155,7 @@ def _first_check(options: Mapping[str, Any], frames: int | None) -> Iterator[tup
     check=_first_check,
 )
 def first_frames(latents: Tensor, *, frames: int):
-    """The first frames of clips: what real clips show beside a window of a long rollout, which begins with a picture as they do.
+    """The first frames of clips: what of real ones stands beside the window of a long rollout, which begins as they do.
 
     Args:
         latents: [B, F, C, H, W].

@@ -80,10 +80,7 @@ def test_objectives_on_long_rollouts_fit_together():
     phases = {"sid": ("generator", "critic"), "gan": ("generator", "discriminator")}
     graphs = {"sid": ("sid_generator_long", "score_critic_long"), "gan": ("gan_generator_long", "gan_discriminator_long")}
     for name, (first, second) in phases.items():
-        given = [
-            f"phases.{phase}.graph=specs/{graph}.yaml"
-            for phase, graph in zip((first, second), graphs[name], strict=True)
-        ]
+        given = [f"phases.{phase}.graph=specs/{graph}.yaml" for phase, graph in zip((first, second), graphs[name], strict=True)]
         given += [f"phases.{phase}.with={window}" for phase in (first, second)]
         (stage,) = load_recipe(f"recipes/digits/{name}.yaml", [*long, *given])
         for found in check_shapes(stage):

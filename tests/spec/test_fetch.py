@@ -67,7 +67,9 @@ def test_a_run_asks_for_the_download():
     (stage,) = load_recipe(RECIPE)
     with pytest.raises(CheckpointError, match=r"ode_init.pt' of models.generator are not here yet; download it: hf download"):
         weights_file(stage.recipe.models["generator"], stage, {})
-    with pytest.raises(DataError, match=r"(?s)ode_init.pt .*\n.*Wan2.1-T2V-1.3B .*\n.*vidprom_filtered_extended.txt .*\n.*embeds "):
+    with pytest.raises(
+        DataError, match=r"(?s)ode_init.pt .*\n.*Wan2.1-T2V-1.3B .*\n.*vidprom_filtered_extended.txt .*\n.*embeds "
+    ):
         prepare_data(stage, TrainingProgress(enabled=False))
 
 
@@ -106,7 +108,8 @@ def test_what_only_its_user_has_is_asked_for():
     output = CliRunner().invoke(main, ["fetch", "recipes/wan-1.3b/i2v.yaml", "--all"]).output
     assert "\n# data/images: pictures with captions, see docs/data.md\n" in output
     output = CliRunner().invoke(main, ["doctor", "recipes/wan-1.3b/i2v.yaml"]).output
-    assert "data/images (data.with.path)" in output and "put it there: pictures with captions" in output
+    assert "data/images (data.with.path)" in output
+    assert "put it there: pictures with captions" in output
 
 
 @pytest.mark.parametrize(
