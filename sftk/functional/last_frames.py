@@ -108,8 +108,8 @@ def last_frames_with_image(
         judged_mask: [B, frames] bool.
 
     Raises:
-        ShapeError: `x0` and `gradient_mask` have other numbers of frames, the frames do not divide into blocks, or the codec makes
-            another shape of a picture.
+        ShapeError: `x0` and `gradient_mask` have other numbers of frames, the frames do not divide into blocks, or the codec
+            makes another shape of a picture.
 
     Source: training on more than 21 frames in Self-Forcing (arXiv 2506.08009), public implementation.
 
