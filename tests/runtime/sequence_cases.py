@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sftk.core import Graph
+from sftk.core import Graph, Tape, replayed
 from sftk.functional import Key, classify, predict_flow, predict_flow_teacher_forced
 from sftk.functional.attention import exact_derivatives
 from sftk.functional.tangent import flow_tangent
@@ -120,14 +120,16 @@ def teacher_forcing(heads: int, group: SequenceGroup | None) -> Results:
     return {"flow": flow} | gradients(model=model)
 
 
-def rollout_case(options: dict[str, Any]) -> Case:
+def rollout_case(options: dict[str, Any], replay: bool = False) -> Case:
     def run(heads: int, group: SequenceGroup | None) -> Results:
         model = backbone(heads, group, checkpoint="full")
         graph = Graph.from_spec("specs/rollout.yaml", steps=(1000, 500), frames_per_block=2, commit_last=True, **options)
+        graph, tape = replayed(graph) if replay else (graph, Tape())
         noise, _, embeds = inputs(6)
         state = {"noise": noise, "prompt_embeds": embeds, "key": Key(seed=1, samples=(0, 1))}
         out = graph(state, models={"denoiser": model})
         weighed(out["x0"]).backward()
+        tape.pull_back()
         here = {len(layer[0][0, 0]) for chunk in out["cache"].chunks for layer in chunk.layers}
         assert here == {heads // (1 if group is None else group.degree)}
         own = {key.untyped_storage().nbytes() / (key.numel() * 8) for key, _ in out["cache"].chunks[-1].layers}
@@ -138,6 +140,7 @@ def rollout_case(options: dict[str, Any]) -> Case:
 
 
 CASES |= {f"rollout_{name}": rollout_case(options) for name, options in ROLLOUTS.items()}
+CASES |= {f"replay_{name}": rollout_case(ROLLOUTS[name], replay=True) for name in ("sink", "straight_through")}
 
 
 @case
