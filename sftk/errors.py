@@ -91,8 +91,8 @@ def format_path(path: Iterable[str | int]) -> str:
     return "$" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """A hint for a misspelt word: the nearest known one, or the list when nothing is near and the list is short.
+def did_you_mean(word: str, known: Iterable[str], listed: int = 12) -> str | None:
+    """A hint for a misspelt word: the nearest known one, or the list when nothing is near and it has at most `listed` words.
 
     Example:
         >>> did_you_mean("ts_shedule", ["ts_schedule", "shift"])
@@ -104,6 +104,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     if near:
         return f"did you mean {near[0]!r}?"
-    if 0 < len(options) <= 12:
+    if 0 < len(options) <= listed:
         return "expected one of " + ", ".join(repr(option) for option in options)
     return None

@@ -28,8 +28,10 @@ def check(recipe: str, overrides: tuple[str, ...], shapes: bool) -> None:
         return
     study = load_study(recipe, overrides, check=evaluation_problems)
     for row in study.rows:
-        _print(console, f"{row.name}, seeds {', '.join(map(str, row.seeds))}", row.stage, shapes)
-    console.print(f"{study.name}: ok: {len(study.rows)} rows, {sum(len(row.seeds) for row in study.rows)} runs")
+        seeds = f"seed{'s' * (len(row.seeds) > 1)} {', '.join(map(str, row.seeds))}"
+        _print(console, f"{row.name}, {seeds}", row.stage, shapes)
+    runs = sum(len(row.seeds) for row in study.rows)
+    console.print(f"{study.name}: ok: {len(study.rows)} row{'s' * (len(study.rows) > 1)}, {runs} run{'s' * (runs > 1)}")
 
 
 def _print(console: Console, name: str, stage: Stage, shapes: bool) -> None:

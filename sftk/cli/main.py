@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Any
 
 import click
+import torch
 
 import sftk
 from sftk.cli.check import check
@@ -23,6 +25,27 @@ from sftk.runtime.stage import Interrupted
 USAGE_ERROR, INTERRUPTED = 2, 130
 
 
+_OUT_OF_MEMORY = "`sftk plan` says what takes memory; batch.per_rank, a model's checkpoint: full or fewer frames lower it"
+_HINTS = {
+    errno.ENOSPC: "make room; a run then goes on with --resume",
+    errno.EDQUOT: "make room; a run then goes on with --resume",
+    errno.EACCES: "take a folder that you may write to, such as with --run-dir",
+    errno.EROFS: "take a folder that you may write to, such as with --run-dir",
+}
+
+
+def _system_error(error: OSError) -> str:
+    """What the operating system refused, and what to do.
+
+    Example:
+        >>> _system_error(PermissionError(errno.EACCES, "Permission denied", "runs"))
+        'runs: permission denied; take a folder that you may write to, such as with --run-dir'
+    """
+    reason = (error.strerror or str(error) or type(error).__name__).rstrip(".")
+    text = f"{error.filename}: {reason[:1].lower()}{reason[1:]}" if error.filename else reason
+    return "; ".join(filter(None, (text, _HINTS.get(error.errno or 0))))
+
+
 class Commands(click.Group):
     """A group whose commands end with one clear message instead of a traceback."""
 
@@ -36,6 +59,14 @@ class Commands(click.Group):
             sys.exit(USAGE_ERROR)
         except SftkError as error:
             click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+        except torch.OutOfMemoryError as error:
+            click.echo(f"error: {str(error).splitlines()[0]}\n{_OUT_OF_MEMORY}", err=True)
+            sys.exit(1)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of a pipe has gone, which click ends quietly
+                raise
+            click.echo(f"error: {_system_error(error)}", err=True)
             sys.exit(1)
         except Interrupted as stop:
             click.echo(f"{stop}; go on with --resume", err=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import click
 
 from sftk.core.graph import Graph
-from sftk.errors import SpecError, did_you_mean
+from sftk.errors import Problem, SpecError, did_you_mean
+from sftk.spec.document import Document
 from sftk.spec.graphs import load_graph
+from sftk.spec.overrides import apply_overrides
 from sftk.spec.recipe import find_document, load_recipe
 
 
@@ -16,14 +18,13 @@ from sftk.spec.recipe import find_document, load_recipe
 @click.option("--phase", help="Only this phase's graph.")
 @click.option("--mermaid", is_flag=True, help="As Mermaid flowcharts instead of trees.")
 def show(recipe: str, overrides: tuple[str, ...], phase: str | None, mermaid: bool) -> None:
-    """Draw the graph of each phase of RECIPE, or of a spec."""
+    """Draw the graph of each phase of RECIPE, or of a spec, whose parameters are then PARAMETER=VALUE."""
     graphs = _graphs(recipe, overrides)
-    if phase is not None:
-        graphs = {name: graph for name, graph in graphs.items() if name.rpartition(".")[2] == phase}
-        if not graphs:
-            names = [name.rpartition(".")[2] for name in _graphs(recipe, overrides)]
-            raise SpecError(f"{recipe} has no phase {phase!r}; {did_you_mean(phase, names)}")
-    for name, graph in graphs.items():
+    chosen = {name: graph for name, graph in graphs.items() if phase in (None, name, name.rpartition(".")[2])}
+    if phase is not None and not chosen:
+        hint = did_you_mean(phase, (name.rpartition(".")[2] for name in graphs))
+        raise SpecError([Problem(message=f"{recipe} has no phase {phase!r}", hint=hint)])
+    for name, graph in chosen.items():
         if mermaid:
             click.echo(f"%% {name}\n{graph.to_mermaid()}\n")
         else:
@@ -34,7 +35,8 @@ def show(recipe: str, overrides: tuple[str, ...], phase: str | None, mermaid: bo
 def _graphs(recipe: str, overrides: tuple[str, ...]) -> dict[str, Graph]:
     value = find_document(recipe)[1].value
     if isinstance(value, dict) and "nodes" in value:
-        return {recipe: load_graph(recipe)}
+        params = apply_overrides(Document(value={}, file=recipe), overrides).value
+        return {recipe: load_graph(recipe, params)}
     stages = load_recipe(recipe, overrides)
     several = len(stages) > 1
     return {f"{s.name}.{n}" if several else n: graph for s in stages for n, graph in s.graphs.items()}

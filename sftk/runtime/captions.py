@@ -25,17 +25,21 @@ def font(size: int = 14) -> ImageFont.FreeTypeFont:
 def wrap(text: str, width: int, size: int = 14, lines: int = 4) -> str:
     """The text broken at spaces to fit a width in pixels; what exceeds `lines`, or a word too wide, ends in an ellipsis.
 
+    Its own line breaks stay.
+
     Example:
-        >>> wrap("a 3 moving left", width=60).split("\\n")
-        ['a 3', 'moving', 'left']
+        >>> wrap("a 3 moving left\\nteacher", width=60).split("\\n")
+        ['a 3', 'moving', 'left', 'teacher']
     """
-    face, out = font(size), [""]
-    for word in text.split():
-        joined = f"{out[-1]} {word}".strip()
-        if out[-1] and face.getlength(joined) > width:
-            out.append(word)
-        else:
-            out[-1] = joined
+    face, out = font(size), []
+    for paragraph in text.split("\n"):
+        out.append("")
+        for word in paragraph.split():
+            joined = f"{out[-1]} {word}".strip()
+            if out[-1] and face.getlength(joined) > width:
+                out.append(word)
+            else:
+                out[-1] = joined
     if len(out) > lines:
         out = [*out[: lines - 1], out[lines - 1] + " …"]
     for index, line in enumerate(out):

@@ -61,7 +61,7 @@ def _chart(metric: str, curves: Mapping[str, Curve], order: Sequence[str]) -> st
     log = low > 0 and high / low > _LOG_ABOVE and "accuracy" not in metric
     ticks = log_ticks(low, high) if log else ticks_around(low, high)
     if "accuracy" in metric:
-        ticks = [tick for tick in ticks if tick <= 1 + 1e-9]
+        ticks = [tick for tick in ticks if 0 <= tick <= 1 + 1e-9]
     low, high = min(low, ticks[0]), max(high, ticks[-1])
 
     def across(x: float) -> float:

@@ -76,6 +76,9 @@ class DigitsEvaluation:
         if self.teacher is not None:
             for problem in sampling_problems(self.teacher_sampling, frames):
                 yield ("teacher_sampling", *problem.path), problem.message, problem.hint
+        if self.late_frames is not None and self.late_frames < frames:
+            message = f"a long rollout has at least the {frames} frames of a window, found {self.late_frames}"
+            yield ("late_frames",), message, "make late_frames longer, or null to leave it out"
         if self.drift_every is not None and (self.late_frames or 0) <= frames:
             message = f"drift is judged along a rollout of more than {frames} frames, found late_frames {self.late_frames}"
             yield ("drift_every",), message, "make late_frames longer, or leave drift_every out"
@@ -214,16 +217,16 @@ class DigitsEvaluator:
         rows = [(prompt, [video[i] for video in videos.values()]) for i, prompt in enumerate(prompts)]
         grid = video_grid(rows, list(videos))
         fps = source("digits").fps
-        write_gif(folder / "side_by_side.gif", grid, fps)
+        write_gif(folder / "side_by_side.gif", grid, fps, scale=1)
         if can_write_mp4():
-            write_mp4(folder / "side_by_side.mp4", grid, fps)
+            write_mp4(folder / "side_by_side.mp4", grid, fps, scale=1)
         sheet = [(f"{prompt}\n{caption}", video[i]) for i, prompt in enumerate(prompts) for caption, video in videos.items()]
-        contact_sheet(folder / "contact_sheet.png", sheet, title="every other frame of the same prompts")
+        contact_sheet(folder / "contact_sheet.png", sheet, title="the same prompts, frame by frame")
         return videos
 
 
-def shipped_teacher(weights: Path | None, options: DigitsEvaluation) -> Row | None:
-    """The row that ships for these teacher weights and sampling options, or None when they are of others.
+def shipped_teacher(weights: Path | None, options: DigitsEvaluation) -> tuple[Row, int] | None:
+    """The row that ships for these teacher weights and sampling options, and the clips that it judged; None for others.
 
     Sampling the teacher with many steps takes minutes on a CPU, and its weights are fixed.
     """
@@ -234,7 +237,7 @@ def shipped_teacher(weights: Path | None, options: DigitsEvaluation) -> Row | No
     same = figures["weights_sha256"] == file_hash(weights) and figures["teacher_sampling"] == attrs.asdict(
         options.teacher_sampling
     )
-    return figures["teacher"] if same else None
+    return (figures["teacher"], figures["clips"]) if same else None
 
 
 def ship_teacher(weights: Path, summary: dict[str, Any], command: str) -> None:

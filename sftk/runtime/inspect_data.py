@@ -48,7 +48,7 @@ def inspect_data(path: Path, sheet: Path, *, codec: Choice | None = None, rows: 
         return _images(path, sheet, rows)
     if path.is_file():
         prompts = read_prompts(path)
-        lines = (f"{path}: {len(prompts)} prompts", *_some(prompts, rows))
+        lines = (f"{path}: {len(prompts)} prompt{'s' * (len(prompts) > 1)}", *_some(prompts, rows))
         return Inspection(lines=lines)
     if is_environment(path) and read_about(path).get("kind") == KIND:
         return _embeddings(EmbeddingStore.open(path), rows)

@@ -185,7 +185,7 @@ def fact_list(facts: Mapping[str, Any]) -> str:
         value = facts[name]
         if name == "evaluation" and isinstance(value, dict):  # its nested options stand in the recipe below
             value = {key: item for key, item in value.items() if item is not None and not isinstance(item, dict)}
-        text = _fact(value, seconds=name == "seconds")
+        text = _fact(name, value, seconds=name == "seconds")
         wide = ' class="wide"' if len(text) > 24 else ""
         items.append(f"<div{wide}><dt>{escape(_NAMES.get(name, words(name)))}</dt><dd>{escape(text)}</dd></div>")
     return f'<dl class="facts">{"".join(items)}</dl>' if items else ""
@@ -203,12 +203,14 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
 
 
-def _fact(value: Any, seconds: bool = False) -> str:
+def _fact(name: str, value: Any, seconds: bool = False) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{str(name).replace('_', ' ')} {_fact(item, seconds)}" for name, item in value.items())
+        return ", ".join(f"{str(key).replace('_', ' ')} {_fact(str(key), item, seconds)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(_fact(item, seconds) for item in value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return ", ".join(_fact(name, item, seconds) for item in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, (int, float)) or name in ("seed", "seeds"):
         return str(value)
     if seconds:
         return duration(value)

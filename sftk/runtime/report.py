@@ -13,13 +13,11 @@ from typing import Any
 from sftk.errors import DataError
 from sftk.runtime.charts import line_chart
 from sftk.runtime.curves import DRIFT_NOTE, drift_charts
+from sftk.runtime.figures import group_titles, metric_columns, table_rows
 from sftk.runtime.page import decimals, fact_list, note, number, scrolling_table, section, table_head, words, write_page
 from sftk.runtime.tracking import read_metrics
 
-_ROWS = ("real", "teacher", "student_before", "student_after")
 _MARKED = "student_after"
-_GROUPS = {"late": "last 21 of 63 frames"}
-_NO_ROWS = ("steps", "seconds", "evaluation", "drift")
 _TYPES = {".mp4": "video/mp4", ".gif": "image/gif", ".png": "image/png"}
 _EMBED_AT_MOST = 32 * 2**20
 
@@ -47,16 +45,16 @@ def write_report(run_dir: str | Path) -> Path:
     summary, problem = _summary(run_dir / "summary.json")
     recipe = (run_dir / "recipe.yaml").read_text(encoding="utf-8") if (run_dir / "recipe.yaml").exists() else None
     metrics = read_metrics(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").exists() else []
-    rows = _table_rows(summary)
+    rows = table_rows(summary)
     facts = {name: value for name, value in summary.items() if name not in rows and value is not None}
     if recipe and not {"seed", "seeds"} & facts.keys() and (seed := re.search(r"^seed:\s*(\S+)", recipe, re.MULTILINE)):
         facts["seed"] = seed[1]
     title = str(facts.pop("recipe", None) or run_dir.resolve().name)
     videos, sheets, left_out = media_figures(run_dir / "samples")
-    drift = facts.pop("drift", None)
+    drift, shipped = facts.pop("drift", None), facts.pop("shipped", None)
     parts = [
         fact_list(facts),
-        section("Results", _table(rows, summary) if rows else note(problem or "The summary holds no metrics.")),
+        section("Results", *_results(rows, summary, shipped or {}, problem)),
         *(
             [section("Drift", drift_charts({words(name): found for name, found in drift.items()}), note(DRIFT_NOTE))]
             if drift
@@ -79,32 +77,27 @@ def _summary(path: Path) -> tuple[dict[str, Any], str | None]:
     return (summary, None) if isinstance(summary, dict) else ({}, "summary.json does not hold an object.")
 
 
-def _table_rows(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The entries that are rows: the known ones first, others only if they share a metric with those."""
-    like = {name: value for name, value in summary.items() if name not in _NO_ROWS and _is_row(value)}
-    known = {name: like[name] for name in _ROWS if name in like}
-    metrics = {metric for row in known.values() for metric in row}
-    return known | {name: row for name, row in like.items() if not known or metrics & row.keys()}
+def _evaluation(summary: Mapping[str, Any]) -> dict[str, Any]:
+    found = summary.get("evaluation")
+    return found if isinstance(found, dict) else {}
 
 
-def _is_row(value: Any) -> bool:
-    def numbers(entry: Any) -> bool:
-        return isinstance(entry, dict) and bool(entry) and all(_is_number(item) for item in entry.values())
-
-    return isinstance(value, dict) and bool(value) and all(_is_number(item) or numbers(item) for item in value.values())
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or value in ("nan", "inf", "-inf") or (isinstance(value, (int, float)) and not isinstance(value, bool))
+def _results(
+    rows: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any], shipped: Mapping[str, Any], problem: str | None
+) -> list[str]:
+    if not rows:
+        return [note(problem or "The summary holds no metrics.")]
+    clips = _evaluation(summary).get("clips")
+    foreign = {name: count for name, count in shipped.items() if name in rows and count != clips}
+    said = [
+        note(f"{words(name)}: figures that ship with its weights, of {count} clips; Fréchet distances depend on how many.")
+        for name, count in foreign.items()
+    ]
+    return [_table(rows, summary), *said]
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
-    columns: dict[str, list[str]] = {"": []}
-    for row in rows.values():
-        for name, value in row.items():
-            group, metrics = (name, list(value)) if isinstance(value, dict) else ("", [name])
-            known = columns.setdefault(group, [])
-            known += [metric for metric in metrics if metric not in known]
+    columns = metric_columns(rows)
     flat = [(group, metric) for group, metrics in columns.items() for metric in metrics]
     cells = {
         name: [(row.get(group) or {} if group else row).get(metric) for group, metric in flat] for name, row in rows.items()
@@ -116,9 +109,8 @@ def _table(rows: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any]) ->
         row = "".join(f"<td{mark}>{number(v, p)}</td>" for v, p, mark in zip(values, places, first, strict=True))
         marked = ' class="mark"' if name == _MARKED else ""
         body += f'<tr{marked}><th scope="row">{escape(words(name))}</th>{row}</tr>\n'
-    evaluation = summary.get("evaluation")
-    titles = _GROUPS | (evaluation if isinstance(evaluation, dict) else {})
-    return scrolling_table("Results", table_head(columns, titles), f"<tbody>\n{body}</tbody>")
+    head = table_head(columns, group_titles(_evaluation(summary)))
+    return scrolling_table("Results", head, f"<tbody>\n{body}</tbody>")
 
 
 def media_figures(folder: Path) -> tuple[list[str], list[str], list[str]]:

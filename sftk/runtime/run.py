@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import attrs
 import torch
@@ -14,10 +16,13 @@ from rich.console import Console
 
 import sftk
 from sftk.core.graph import Graph
+from sftk.errors import CheckpointError
 from sftk.runtime.build import weights_file
 from sftk.runtime.device import device_name
 from sftk.runtime.evaluate import shipped_teacher
 from sftk.runtime.evaluators import EVALUATORS, evaluation_enabled, evaluation_options, evaluation_problems
+from sftk.runtime.figures import figures_table
+from sftk.runtime.jobs import locked
 from sftk.runtime.prepare import prepare_data
 from sftk.runtime.progress import TrainingProgress
 from sftk.runtime.report import write_report
@@ -64,10 +69,15 @@ def run_recipe(
     stages = load_recipe(recipe, overrides, check=evaluation_problems, graphs=graphs)
     name = FROM_PYTHON if isinstance(recipe, Mapping) else Path(str(recipe)).stem
     first = stages[0].recipe
-    with joined(first.device, first.parallel.timeout) as world:
+    with joined(first.device, first.parallel.timeout) as world, ExitStack() as held:
         resume = resume or max(world.gather(restarts())) > 0
-        run = world.told_by_first(lambda: open_run(name, run_dir, resume))
-        run = attrs.evolve(run, writes=world.rank == 0)
+
+        def open_folder() -> RunDir:
+            found = open_run(name, run_dir, resume)
+            held.enter_context(locked(found.root / "lock"))
+            return found
+
+        run = attrs.evolve(world.told_by_first(open_folder), writes=world.rank == 0)
         if world.rank:
             redirect_output(run.log(world.rank))
         return _run_stages(stages, name, run, resume, world, console or Console())
@@ -94,6 +104,8 @@ def _run_stages(stages: Sequence[Stage], name: str, run: RunDir, resume: bool, w
     run.write("summary.json", facts | summary)
     if run.writes:
         report = write_report(run.root)
+        if (table := figures_table(summary)) is not None:
+            console.print(table)
         console.print(f"finished: {report}", soft_wrap=True)
     world.wait("report")
     return run
@@ -116,27 +128,40 @@ def _run_stage(
     training = StageRun(stage, run.checkpoints(stage.name), earlier, world)
     _note_bad(training, progress)
     evaluation = _Evaluation(stage, training, run, progress) if last and evaluation_enabled(stage.recipe) else None
-    if evaluation is not None:
-        evaluation.before()
+    if evaluation is not None and evaluation.due_before:
+        with _timed(seconds, "evaluate before"):
+            evaluation.before()
     done = training.resume() if resume else 0
+    if done > stage.recipe.train.steps:
+        raise CheckpointError(
+            f"stage {stage.name!r} has made {done} steps, train.steps says {stage.recipe.train.steps}; "
+            f"give at least {done} steps, or take another --run-dir"
+        )
     if not training.done and run.writes:
         JsonlTracker.truncate(run.metrics, stage.name, done)
     progress.stage(stage.name, stage.recipe.train.steps, done)
     tracker = _tracker(stage, run, done)
-    began = time.monotonic()
     try:
-        training.train(tracker, progress)
-        seconds[f"train {stage.name}"] = seconds.get(f"train {stage.name}", 0.0) + time.monotonic() - began
-        began = time.monotonic()
+        with _timed(seconds, f"train {stage.name}", add=True):
+            training.train(tracker, progress)
         summary = {"device": device_name(training.built.device)}
         if evaluation is not None:
-            summary |= evaluation.after(tracker)
-            seconds["evaluate"] = time.monotonic() - began
+            with _timed(seconds, "evaluate"):
+                summary |= evaluation.after(tracker)
     finally:
-        seconds.setdefault(f"train {stage.name}", time.monotonic() - began)
         run.write("seconds.json", seconds)
         tracker.close()
     return summary
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str, *, add: bool = False) -> Iterator[None]:
+    """Notes how long the body took, even if it fails; with `add`, on top of what earlier attempts took."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[name] = (seconds.get(name, 0.0) if add else 0.0) + time.monotonic() - began
 
 
 def _note_bad(training: StageRun, progress: TrainingProgress) -> None:
@@ -159,16 +184,20 @@ class _Evaluation:
         built = training.built
         self.evaluator = make(self.options, stage.recipe.latents.frames, built.device, built.mesh)
 
+    @property
+    def due_before(self) -> bool:
+        """Whether the student is to be judged before training, and was not yet."""
+        student = self.options.student if self.options.before else None
+        starts = student is not None and self.stage.recipe.models[student].weights is not None
+        return starts and self.training.world.told_by_first(lambda: self.run.read("student_before.json")) is None
+
     def before(self) -> None:
-        """Judges the student as the stage finds it, once; a resumed run reads what it wrote."""
-        options = self.options
-        if options.student is None or not options.before or self.stage.recipe.models[options.student].weights is None:
-            return
-        if self.training.world.told_by_first(lambda: self.run.read("student_before.json")) is None:
-            self.progress.note("evaluating the student before training")
-            port = self.training.built.ports[options.student]
-            with torch.compiler.set_stance("force_eager"), self.training.built.averaged():
-                self.run.write("student_before.json", self.evaluator.student_row(port))
+        """Judges the student as the stage finds it; a resumed run reads what this wrote."""
+        self.progress.note("evaluating the student before training")
+        assert self.options.student is not None
+        port = self.training.built.ports[self.options.student]
+        with torch.compiler.set_stance("force_eager"), self.training.built.averaged():
+            self.run.write("student_before.json", self.evaluator.student_row(port))
 
     def after(self, tracker: Tracker) -> dict[str, Any]:
         """All rows of the summary, and the samples. Run eagerly: a graph for each length of context would not pay."""
@@ -188,7 +217,7 @@ class _Evaluation:
         samples: dict[str, tuple[str, Any]] = {}
         if options.teacher is not None:
             port = built.ports[options.teacher]
-            rows["teacher"] = shipped or self.evaluator.teacher_row(port)
+            rows["teacher"] = shipped[0] if shipped else self.evaluator.teacher_row(port)
             samples["teacher"] = ("teacher", port)
         if options.student is not None:
             port = built.ports[options.student]
@@ -201,7 +230,10 @@ class _Evaluation:
         for caption, video in videos.items():
             tracker.video(self.training.step, f"samples/{caption}", video[0].numpy(), 8)
         drift = {name: row.pop("drift") for name, row in rows.items() if "drift" in row}
-        return {"evaluation": unstructure(options), **rows, **({"drift": drift} if drift else {})}
+        facts: dict[str, Any] = {"evaluation": unstructure(options)}
+        facts["evaluation"]["frames"] = facts["evaluation"].get("frames") or self.stage.recipe.latents.frames
+        facts |= {"shipped": {"teacher": shipped[1]}} if shipped else {}
+        return facts | rows | ({"drift": drift} if drift else {})
 
 
 def _tracker(stage: Stage, run: RunDir, done: int) -> MultiTracker:
@@ -215,9 +247,24 @@ def _tracker(stage: Stage, run: RunDir, done: int) -> MultiTracker:
         wandb = track.wandb
         config = unstructure(stage.recipe)
         trackers.append(
-            WandbTracker(wandb.project, run.root, stage=stage.name, name=wandb.name, mode=wandb.mode, config=config)
+            WandbTracker(
+                wandb.project,
+                run.root,
+                stage=stage.name,
+                name=wandb.name,
+                mode=wandb.mode,
+                config=config,
+                run_id=_wandb_id(run),
+            )
         )
     return MultiTracker(trackers)
+
+
+def _wandb_id(run: RunDir) -> str:
+    """The id of the run in Weights & Biases: resumed runs and later stages go on in the same one."""
+    found = run.read("wandb.json") or {"id": uuid4().hex}
+    run.write("wandb.json", found)
+    return found["id"]
 
 
 def _resolved(stages: Sequence[Stage]) -> str:

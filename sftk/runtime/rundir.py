@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +78,12 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file under a temporary name and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk does not say which file
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def open_run(name: str, run_dir: Path | None, resume: bool) -> RunDir:
@@ -105,6 +111,11 @@ def open_run(name: str, run_dir: Path | None, resume: bool) -> RunDir:
 
 
 def _fresh(base: Path) -> Path:
+    """A new folder, which no other process that starts in the same second takes."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    candidates = (base / (stamp if i == 0 else f"{stamp}-{i}") for i in range(1000))
-    return next(path for path in candidates if not path.exists())
+    for number in count():
+        path = base / (f"{stamp}-{number}" if number else stamp)
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise AssertionError("there is always another number")

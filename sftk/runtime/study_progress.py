@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -67,16 +67,16 @@ class StudyProgress:
             under_way = ", ".join(f"{run.name} {_far(run)}" for run in self._runs.values() if run.state == "running")
             self.note(f"{self._counts()}: {under_way}")
 
-    def table(self) -> Table:
-        """The table as it stands now."""
+    def table(self) -> RenderableType:
+        """The table as it stands now, and how many runs are in which state."""
         seeds = sorted({seed for _, seed in self._runs})
-        table = Table(box=None, pad_edge=False, caption=self._counts(), caption_justify="left")
+        table = Table(box=None, pad_edge=False)
         table.add_column("row", no_wrap=True)
         for seed in seeds:
             table.add_column(f"seed {seed}", no_wrap=True)
         for row in dict.fromkeys(row for row, _ in self._runs):
             table.add_row(row, *(self._cell(self._runs.get((row, seed))) for seed in seeds))
-        return table
+        return Group(table, Text(self._counts(), style="dim italic"))
 
     def _cell(self, run: PlannedRun | None) -> Text:
         if run is None:

@@ -147,15 +147,15 @@ class World:
         """What the first process finds out, in every process: what files say may differ from one moment to the next.
 
         Raises:
-            SftkError: what it raises, in every process.
+            SftkError, OSError: what it raises, in every process.
         """
         if self.size == 1:
             return ask()
-        found: tuple[Any, SftkError | None] = (None, None)
+        found: tuple[Any, SftkError | OSError | None] = (None, None)
         if self.rank == 0:
             try:
                 found = ask(), None
-            except SftkError as error:
+            except (SftkError, OSError) as error:
                 found = None, error
         value: Any
         value, failure = self.share(found)

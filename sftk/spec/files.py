@@ -46,10 +46,25 @@ def find_file(name: str, beside: Path | None = None) -> Path:
     for root in roots:
         if split_entry(root / path)[0].exists():
             return root / path
-    near = {str(found.relative_to(root)) for root in roots for found in _siblings(root / path, root)}
-    hint = did_you_mean(name, near) if near else None
-    places = ", ".join(dict.fromkeys(str(root) for root in roots))
-    raise SpecError([Problem(message=f"no such file {name!r}", hint=hint or f"looked in {places}")])
+    places = ", ".join(dict.fromkeys(str((root / path).parent if path.is_absolute() else root) for root in roots))
+    raise SpecError([Problem(message=f"no such file {name!r}", hint=_near(path, roots) or f"looked in {places}")])
+
+
+def _near(path: Path, roots: Iterable[Path]) -> str | None:
+    """A hint for a misspelt name, or for a packaged one whose folder or suffix was left out."""
+    package = package_root()
+    packaged = [found for folder in ("recipes", "specs") for found in sorted((package / folder).rglob("*.yaml"))]
+    meant = [repr(found.relative_to(package).as_posix()) for found in packaged if _means(path, found.relative_to(package))]
+    if meant:
+        return f"did you mean {'one of ' * (len(meant) > 1)}{', '.join(meant)}?"
+    beside = {str(found.relative_to(root)) for root in roots for found in _siblings(root / path, root)}
+    return did_you_mean(str(path), beside, listed=0)
+
+
+def _means(path: Path, packaged: Path) -> bool:
+    """Whether a path is the end of a packaged file's, perhaps without its suffix."""
+    parts = (packaged.parts, packaged.with_suffix("").parts)
+    return bool(path.parts) and any(known[-len(path.parts) :] == path.parts for known in parts)
 
 
 def show_path(path: Path) -> str:
@@ -66,4 +81,5 @@ def show_path(path: Path) -> str:
 
 
 def _siblings(path: Path, root: Path) -> Iterable[Path]:
-    return path.parent.glob(f"*{path.suffix}") if path.suffix and path.parent.is_dir() and path.is_relative_to(root) else ()
+    inside = path.suffix and path.parent.is_dir() and path.is_relative_to(root)
+    return (found for found in path.parent.glob(f"*{path.suffix}") if not found.name.startswith(".")) if inside else ()

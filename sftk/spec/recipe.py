@@ -127,6 +127,8 @@ def load_recipe(
         return (stage,)
     resolved = isinstance(document.value["stages"], dict)
     parts, problems = _resolved_parts(found, document) if resolved else _parts(found, document)
+    if not parts and not problems:
+        problems.append(document.problem(("stages",), "a recipe with `stages` has at least one"))
     stages = _read_stages(parts, overrides, check, problems)
     if problems:
         raise SpecError(once(problems))
@@ -176,8 +178,6 @@ def _parts(path: Path, document: Document) -> tuple[list[Part], list[Problem]]:
     if staged is None:
         return [], problems
     names = [stage.name for stage in staged.stages]
-    if not names:
-        problems.append(document.problem(("stages",), "a recipe with `stages` has at least one"))
     parts: list[Part] = []
     for index, section in enumerate(staged.stages):
         if section.name in names[:index]:

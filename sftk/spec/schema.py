@@ -12,13 +12,16 @@ from sftk.functional.attention import Backend
 from sftk.models.branch import BranchConfig
 from sftk.models.config import PRESETS, WanConfig, preset
 from sftk.spec.parallel import ModelParallel, ParallelSection
-from sftk.spec.validators import at_least
+from sftk.spec.validators import above, at_least, within
 
 PLAIN_NAME = re.compile(r"[\w-]+", re.ASCII)
 """What phases, stages and roles may be called: they become file names, metric names and parts of overrides."""
 
 AUTO = "auto"
 """The size of a model that is read from its weights."""
+
+SEEDS = 2**32
+"""How many seeds there are."""
 
 
 def _plain_name(instance: Any, attribute: Any, value: str) -> None:
@@ -29,6 +32,13 @@ def _plain_name(instance: Any, attribute: Any, value: str) -> None:
 def _share(instance: Any, attribute: Any, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{attribute.name} must lie in [0, 1], found {value}")
+
+
+def _distinct_roles(instance: Any, attribute: Any, value: str | tuple[str, ...]) -> None:
+    if not value or (isinstance(value, tuple) and len(set(value)) < len(value)):
+        raise ValueError(
+            f"a phase updates different roles, at least one, found {list(value) if isinstance(value, tuple) else repr(value)}"
+        )
 
 
 def _known_size(instance: Any, attribute: Any, value: Any) -> None:
@@ -116,8 +126,8 @@ class OptimizerSection:
 
     use: Literal["adamw"] = "adamw"
     lr: float = attrs.field(validator=at_least(0))
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    betas: tuple[float, float] = attrs.field(default=(0.9, 0.999), validator=within(0, 1))
+    eps: float = attrs.field(default=1e-8, validator=at_least(0))
     weight_decay: float = attrs.field(default=0.01, validator=at_least(0))
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup: int = attrs.field(default=0, validator=at_least(0))
@@ -137,10 +147,10 @@ class PhaseSection:
 
     name: str = attrs.field(validator=_plain_name)
     graph: str | None = None
-    update: str | tuple[str, ...]
+    update: str | tuple[str, ...] = attrs.field(validator=_distinct_roles)
     every: int = attrs.field(default=1, validator=at_least(1))
     loss: str = "loss"
-    clip: float | None = attrs.field(default=None, validator=at_least(0))
+    clip: float | None = attrs.field(default=None, validator=above(0))
     backward: Literal["graph", "replay"] = "graph"
     in_: dict[str, str] = attrs.field(factory=dict)
     models: dict[str, str] = attrs.field(factory=dict)
@@ -255,7 +265,7 @@ class Recipe:
 
     version: Literal[1]
     doc: str = ""
-    seed: int = 0
+    seed: int = attrs.field(default=0, validator=within(0, SEEDS))
     compat: Literal["self_forcing"] | None = None
     plugins: tuple[str, ...] = ()
     latents: LatentsSection
@@ -297,6 +307,7 @@ class StagedRecipe:
 def _distinct_seeds(instance: Any, attribute: Any, value: tuple[int, ...] | None) -> None:
     if value is not None and (not value or len(set(value)) < len(value)):
         raise ValueError(f"seeds are different integers, at least one, found {list(value)}")
+    within(0, SEEDS)(instance, attribute, value)
 
 
 @attrs.frozen(kw_only=True)

@@ -118,7 +118,10 @@ def _build(root: Any, file: str) -> Document:
 
     def scalar(node: Any, path: KeyPath) -> Any:
         if node.tag == TAG + "str":
-            return node.value
+            text = _without_surrogates(node.value)
+            if text is None:
+                wrong(path, node, "half of a surrogate pair is no character", "write the character itself, or both halves")
+            return text
         wanted = object if node.tag == PLAIN else CORE_TAGS.get(node.tag.removeprefix(TAG))
         try:
             value = resolve_scalar(node.value)
@@ -175,6 +178,14 @@ def _build(root: Any, file: str) -> Document:
     if problems:
         raise SpecError(problems)
     return Document(value=value, file=file, marks=marks)
+
+
+def _without_surrogates(text: str) -> str | None:
+    """The text with each surrogate pair, as JSON escapes characters beyond U+FFFF, as one character; None with half of one."""
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        return None
 
 
 def _shown_tag(tag: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -61,6 +62,9 @@ def test_the_run_is_named_by_recipe_and_time(finished):
     run, output = finished
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", run.name)
     assert output.rstrip().endswith(f"finished: runs/dmd/{run.name}/report.html")
+    after = json.loads((run / "summary.json").read_text())["student_after"]
+    (shown,) = re.findall("^student after (.*)", output, re.MULTILINE)
+    assert [float(cell) for cell in shown.split()[:2]] == pytest.approx([after[name] for name in sorted(METRICS)[:2]], abs=1e-3)
     assert {path.name for path in run.iterdir()} >= {
         "checkpoints", "metrics.jsonl", "recipe.yaml", "report.html", "samples", "summary.json", "tensorboard",
     }  # fmt: skip
@@ -302,6 +306,41 @@ def test_show(tmp_path, monkeypatch):
     assert only.startswith("%% critic\nflowchart")
     assert "dmd_gradient" not in only
     assert "plan_rollout" in invoke("show", "specs/rollout.yaml").output
+    assert "{scale: 2.5," in invoke("show", "specs/scores.yaml", "guidance=2.5").output
+    wrong = invoke("show", "specs/scores.yaml", "guidanse=2.5")
+    assert (wrong.exit_code, "has no parameter 'guidanse'" in wrong.output) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["digits/study", "study.yaml"])
+def test_a_recipe_without_its_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "did you mean 'recipes/digits/study.yaml'?" in invoke("check", name).output
+
+
+def test_what_the_system_refuses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    result = invoke("run", "recipes/dmd.yaml", "--run-dir", "file/run")
+    assert (result.exit_code, result.stderr) == (1, "error: file/run: not a directory\n")
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sftk.runtime.rundir.os.replace", full)
+    result = invoke("run", "recipes/dmd.yaml", "--run-dir", "run")
+    assert result.exit_code == 1
+    assert result.stderr == "error: run/recipe.yaml: no space left on device; make room; a run then goes on with --resume\n"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+
+
+def test_out_of_memory(tmp_path, monkeypatch):
+    def out(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr("sftk.cli.run.run_recipe", out)
+    result = invoke("run", "recipes/dmd.yaml")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: CUDA out of memory. Tried to allocate 2 GiB.\n`sftk plan` says")
 
 
 def test_help_and_version():

@@ -63,3 +63,11 @@ def test_few_ticks_with_both_ends(count):
 
 def test_names_are_escaped():
     assert "<b>" not in drift_charts({"<b>": {"start": [0], "<b>": [1.0]}})
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_accuracies_that_are_all_equal(value):
+    svg, _ = drawn(drift_charts({"a": {"start": [0, 3], "digit_accuracy": [value, value]}}))
+    labels = [text.text for text in svg.iter("text") if text.get("text-anchor") == "end"]
+    assert len(labels) > 1
+    assert all(0 <= float(label) <= 1 for label in labels)

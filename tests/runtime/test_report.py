@@ -76,8 +76,8 @@ def page(folder: Path, summary: object = SUMMARY) -> Page:
 
 
 def test_table(tmp_path: Path):
-    rows = page(tmp_path).rows
-    assert rows[0][1] == ["", "", "last 21 of 63 frames"]
+    rows = page(tmp_path, SUMMARY | {"evaluation": {"frames": 9, "late_frames": 24}}).rows
+    assert rows[0][1] == ["", "", "last 9 of 24 frames"]
     assert [cell.replace("\xa0", " ") for cell in rows[1][1]] == [
         "Digit accuracy ↑",
         "Fréchet ↓",
@@ -120,6 +120,18 @@ def test_facts(tmp_path: Path):
 def test_the_late_header_can_be_given(tmp_path: Path):
     parsed = page(tmp_path, SUMMARY | {"evaluation": {"late": "last 5 of 15 frames"}})
     assert parsed.rows[0][1][-1] == "last 5 of 15 frames"
+
+
+@pytest.mark.parametrize(("clips", "said"), [(32, True), (600, False)])
+def test_figures_of_other_clips_are_named(tmp_path: Path, clips: int, said: bool):
+    text = page(tmp_path, SUMMARY | {"evaluation": {"clips": clips}, "shipped": {"teacher": 600}}).text
+    assert ("Teacher: figures that ship with its weights, of 600 clips" in text) is said
+    assert "Shipped" not in text
+
+
+def test_seeds_and_switches_are_facts_as_they_are(tmp_path: Path):
+    text = page(tmp_path, {"evaluation": {"seed": 20_240_607, "before": True, "clips": 1000}}).text
+    assert "seed 20240607, before yes, clips 1,000" in text
 
 
 def test_everything_is_escaped(tmp_path: Path):

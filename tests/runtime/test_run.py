@@ -12,7 +12,9 @@ from PIL import Image
 
 from sftk.cli import main
 from sftk.errors import SftkError, SpecError
+from sftk.runtime.jobs import locked
 from sftk.runtime.rundir import RunDir, open_run
+from sftk.runtime.tracking import MultiTracker
 from sftk.spec.recipe import load_recipe
 
 
@@ -78,6 +80,40 @@ def test_variants_run(tiny, train, override):
     run = train(tiny(), override, "train.steps=2")
     assert [row["step"] for row in rows(run)] == [1, 2]
     assert all(isinstance(value, (int, float)) for row in rows(run) for name, value in row.items() if name != "stage")
+
+
+def test_a_folder_that_another_process_trains_in(tiny, train, tmp_path):
+    with locked(tmp_path / "run" / "lock"), pytest.raises(SftkError, match="is in use by another `sftk run`"):
+        train(tiny())
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+    train(tiny())
+
+
+def test_seconds_of_all_attempts(tiny, train):
+    run = train(tiny(), "train.steps=2")
+    run.write("seconds.json", {"train tiny": 1000.0})
+    train(tiny(), "train.steps=2", resume=True)
+    assert 1000 < run.read("seconds.json")["train tiny"] < 1100
+
+
+def test_fewer_steps_than_were_made(tiny, train):
+    train(tiny())
+    with pytest.raises(SftkError, match=r"has made 4 steps, train.steps says 3; give at least 4"):
+        train(tiny(), "train.steps=3", resume=True)
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_of_wandb(tiny, train, monkeypatch):
+    ids = []
+
+    class Fake(MultiTracker):
+        def __init__(self, *args, run_id, **options):
+            ids.append(run_id)
+            super().__init__([])
+
+    monkeypatch.setattr("sftk.runtime.run.WandbTracker", Fake)
+    for to in ("one", "one", "other"):
+        train(tiny(), "track.wandb={}", "train.steps=1", to=to, resume=True)
+    assert ids[0] == ids[1] != ids[2]
 
 
 def test_no_steps_at_all(tiny, train):

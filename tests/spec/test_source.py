@@ -56,6 +56,7 @@ SCALARS = {
     "'1e-4'": "1e-4",
     '"true"': "true",
     "''": "",
+    r'"\ud83d\ude00 \u00e9"': "😀 é",
     "!!str 5": "5",
     "! 5": "5",
     "!!float 3": 3.0,
@@ -192,6 +193,10 @@ def test_all_problems_at_once():
         ("a: &x {b: {c: *x}}", "an alias contains itself @ $.a.b.c (x.yaml:1); write the value out"),
         ("a: *x", "not valid YAML: found undefined alias 'x' @ $ (x.yaml:1)"),
         ("a: 1\nb: \x07", "character U+0007 is not allowed in YAML @ $ (x.yaml:2); remove it"),
+        (
+            r'a: "\ud83d"',
+            "half of a surrogate pair is no character @ $.a (x.yaml:1); write the character itself, or both halves",
+        ),
         ("[" * 102 + "]" * 102, "the document is nested deeper than 100 levels @ $[0][0][0] (x.yaml:1)"),
         ("[" * 2000, "the document is nested too deeply @ $ (x.yaml)"),
     ],
