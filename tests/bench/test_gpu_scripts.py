@@ -1,0 +1,37 @@
+"""The scripts that measure on a GPU run as they stand, at a tiny size on the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+def lines(script: str, *arguments: str) -> list[dict]:
+    command = [sys.executable, str(FOLDER / script), *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=FOLDER.parent)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_plan_check():
+    found = lines("plan_check.py", "--tiny")
+    assert [line["setting"] for line in found] == ["3 frames", "21 frames", "3 frames without checkpoints"]
+    for line in found:
+        assert line["planned_gib"] > 0
+        assert set(line["measured_seconds"]) == set(line["planned_seconds"]) == {"generator and critic", "critic"}
+
+
+def test_load_14b(tmp_path):
+    folder = tmp_path / "wan"
+    for _ in range(2):  # the second one loads what is there
+        (found,) = lines("load_14b.py", str(folder), "--size", "1.3b", "--layers", "1", "--device", "cpu", "--shard-gb", "0.05")
+        assert 40e6 < found["parameters"] < 100e6
+        assert found["file_bytes"] >= 2 * found["parameters"]
+        assert found["host_peak_bytes"] >= found["host_peak_before_bytes"] > 0
+    assert len(list(folder.glob("*.safetensors"))) > 1
