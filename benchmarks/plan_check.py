@@ -38,7 +38,7 @@ TINY = "{dim: 96, ffn_dim: 384, num_heads: 3, num_layers: 4, in_dim: 16, out_dim
 
 
 def measure(overrides: list[str], device: torch.device) -> tuple[float, dict[str, float], Plan]:
-    """Peak bytes of steady steps (0 on the CPU), seconds of a step with both phases and of the critic's, and the stage's plan."""
+    """Peak bytes of steady steps (0 on the CPU), seconds of a step with both phases and of the critic's, and the plan."""
     (stage,) = load_recipe("benchmarks/dmd_1.3b.yaml", ["phases.generator.every=2", *overrides])
     recipe, built = stage.recipe, build_stage(stage, device, {})
     data = source(recipe.data.use)

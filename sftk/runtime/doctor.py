@@ -51,7 +51,7 @@ def _file(file: NamedFile, stage: Stage) -> Finding:
     users = ", ".join(file.used_by)
     if file.path is None:
         how = how_to_get(file.folder or file.name, stage.recipe.fetch)
-        return Finding(kind="missing", text=f"{file.name} ({users}): not here; {how}")
+        return Finding(kind="missing", text=f"{file.name} ({users}): not here\n{'':10}{how}")
     size = _size(file.path)
     if size == 0:
         return Finding(kind="missing", text=f"{file.name} ({users}): {file.path} is empty; download it again")

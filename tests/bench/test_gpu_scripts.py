@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -18,7 +20,6 @@ def lines(script: str, *arguments: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.slow
 def test_plan_check():
     found = lines("plan_check.py", "--tiny")
     assert [line["setting"] for line in found] == ["3 frames", "21 frames", "3 frames without checkpoints"]
