@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +47,11 @@ def config(heads: int, **changes: Any) -> WanConfig:
 
 
 def randomised(model: nn.Module, seed: int) -> nn.Module:
-    """Random everywhere: a fresh model's head is zero."""
-    generator = torch.Generator().manual_seed(seed)
+    """Random everywhere, a fresh model's head is zero; alike on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
     with torch.no_grad():
         for parameter in model.double().parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
             parameter.copy_(noise * parameter.shape[-1] ** -0.5 + (parameter.dim() == 1))
     return model
 
@@ -63,10 +65,11 @@ def backbone(heads: int, group: SequenceGroup | None, seed: int = 0, *, checkpoi
 
 def inputs(frames: int, height: int = 6, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     """Latents (9 tokens a frame: 2 and 4 do not divide them), timesteps that differ by frame, text."""
-    generator = torch.Generator().manual_seed(7)
-    latents = torch.randn(batch, frames, 4, height, 6, generator=generator, dtype=torch.float64)
-    timestep = torch.rand(batch, frames, generator=generator, dtype=torch.float64) * 1000
-    return latents, timestep, torch.randn(batch, 4, 8, generator=generator, dtype=torch.float64)
+    options: dict[str, Any] = {"generator": torch.Generator("cpu").manual_seed(7), "dtype": torch.float64, "device": "cpu"}
+    latents = torch.randn(batch, frames, 4, height, 6, **options)
+    timestep, embeds = torch.rand(batch, frames, **options) * 1000, torch.randn(batch, 4, 8, **options)
+    device = torch.get_default_device()
+    return latents.to(device), timestep.to(device), embeds.to(device)
 
 
 def gradients(**models: nn.Module) -> Results:
@@ -216,10 +219,20 @@ def compiled(heads: int, group: SequenceGroup | None) -> Results:
     return {"x0": out["x0"]} | gradients(model=model)
 
 
-def run_rank(rank: int, store: str, folder: Path, degrees: list[int], names: list[str]) -> None:
+def run_alone(name: str, degree: int) -> Results:
+    """A case on one rank, with the heads that it has for a degree."""
+    return {key: value.detach().cpu() for key, value in CASES[name](HEADS[degree], None).items()}
+
+
+def run_rank(rank: int, device: str, folder: Path, degrees: list[int], names: list[str]) -> None:
     """Runs the cases in the groups that this rank is in, and keeps what they found, gradients summed."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=max(degrees), init_method=f"file://{store}")
+    torch.set_default_device(device)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo", rank=rank, world_size=max(degrees), init_method=f"file://{folder / 'store'}"
+    )
     for degree in degrees:
         group = dist.new_group(list(range(degree)))
         for name in names if rank < degree else ():
@@ -232,9 +245,39 @@ def run_rank(rank: int, store: str, folder: Path, degrees: list[int], names: lis
                 else:  # whole tensors are the same on every rank
                     torch.testing.assert_close(value, summed.view_as(value) / degree, rtol=1e-12, atol=1e-12)
             if rank == 0:
-                torch.save(found, folder / f"{name}_{degree}.pt")
+                torch.save({key: value.cpu() for key, value in found.items()}, folder / f"{name}_{degree}.pt")
     dist.destroy_process_group()
 
 
+def launch(folder: Path, degrees: Sequence[int], names: Sequence[str], device: str = "cpu") -> None:
+    """`run_rank` in as many processes as the largest degree; each leaves what it says in a file."""
+    what = [device, str(folder), ",".join(map(str, degrees)), ",".join(names)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    said = [(folder / f"{rank}.txt").open("w+") for rank in range(max(degrees))]
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, str(rank), *what], env=env, stderr=file) for rank, file in enumerate(said)
+    ]
+    try:
+        codes = [rank.wait(timeout=1000) for rank in ranks]
+    finally:
+        for rank, file in zip(ranks, said, strict=True):
+            rank.kill()
+            rank.wait()
+            file.close()
+    assert codes == [0] * len(ranks), "\n".join((folder / f"{rank}.txt").read_text() for rank in range(len(ranks)))
+
+
+def assert_equal(together: Results, alone: Results, tolerance: float = 1e-9) -> None:
+    """Largest difference over largest value, tensor by tensor."""
+    overall = max(value.abs().max().item() for value in alone.values())
+    assert together.keys() == alone.keys()
+    for key, expected in alone.items():
+        # A gradient that is zero but for rounding, a bias that the softmax cancels, is measured against the others.
+        scale = max(expected.abs().max().item(), 1e-6 * overall)
+        difference = (together[key] - expected).abs().max().item() / scale
+        assert difference < tolerance, f"{key}: {difference}"
+
+
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), [int(n) for n in sys.argv[4].split(",")], sys.argv[5].split(","))
+    rank, device, folder, degrees, names = sys.argv[1:]
+    run_rank(int(rank), device, Path(folder), [int(n) for n in degrees.split(",")], names.split(","))

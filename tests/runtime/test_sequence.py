@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from sequence_cases import CASES, HEADS, config
+from sequence_cases import CASES, HEADS, assert_equal, config, launch, run_alone
 
 from sftk.errors import SpecError
 from sftk.functional import KVCache
@@ -29,21 +27,7 @@ def found(tmp_path_factory, request):
     mine = [item for item in request.session.items if item.path == request.path and "found" in item.fixturenames]
     degrees, names = (sorted({item.callspec.params[each] for item in mine}) for each in ("degree", "name"))
     folder = tmp_path_factory.mktemp("ranks")
-    script = str(Path(__file__).with_name("sequence_cases.py"))
-    what = [str(folder / "store"), str(folder), ",".join(map(str, degrees)), ",".join(names)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    said = [(folder / f"{rank}.txt").open("w+") for rank in range(max(degrees))]
-    ranks = [
-        subprocess.Popen([sys.executable, script, str(rank), *what], env=env, stderr=file) for rank, file in enumerate(said)
-    ]
-    try:
-        codes = [rank.wait(timeout=1000) for rank in ranks]
-    finally:
-        for rank, file in zip(ranks, said, strict=True):
-            rank.kill()
-            rank.wait()
-            file.close()
-    assert codes == [0] * len(ranks), "\n".join((folder / f"{rank}.txt").read_text() for rank in range(len(ranks)))
+    launch(folder, degrees, names)
     return folder
 
 
@@ -54,15 +38,7 @@ def quick(value, of):
 @pytest.mark.parametrize("name", [quick(name, QUICK) for name in CASES])
 @pytest.mark.parametrize("degree", [quick(degree, (2, 3)) for degree in HEADS])
 def test_ranks_together_equal_one_alone(found, name, degree):
-    alone = {key: value.detach() for key, value in CASES[name](HEADS[degree], None).items()}
-    together = torch.load(found / f"{name}_{degree}.pt")
-    overall = max(value.abs().max().item() for value in alone.values())
-    assert together.keys() == alone.keys()
-    for key, expected in alone.items():
-        # A gradient that is zero but for rounding, a bias that the softmax cancels, is measured against the others.
-        scale = max(expected.abs().max().item(), 1e-6 * overall)
-        difference = (together[key] - expected).abs().max().item() / scale
-        assert difference < 1e-9, f"{key}: {difference}"
+    assert_equal(torch.load(found / f"{name}_{degree}.pt"), run_alone(name, degree))
 
 
 @pytest.mark.parametrize(("degree", "fits"), [(2, "1, 3"), (4, "1, 3")])

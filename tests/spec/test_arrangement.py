@@ -42,6 +42,7 @@ def test_every_reason_is_reported_with_its_path():
     ("override", "message"),
     [
         ("parallel.sequence=5", "sequence 5 does not divide 12 attention heads; take one of 1, 2, 3, 4, 6, 12 .'generator'"),
+        ("latents.height=2 latents.width=4 parallel.sequence=4", "sequence 4 is more than the 2 tokens of a frame"),
         ("parallel.shard=0", "shard must be at least 1, found 0"),
         ("parallel.shard=nodes", "found"),
         ("models.generator.parallel.shards=2", "unknown key 'shards'"),
@@ -50,4 +51,4 @@ def test_every_reason_is_reported_with_its_path():
 )
 def test_a_wrong_section_is_found_by_the_check(override, message):
     with pytest.raises(SpecError, match=message):
-        load_recipe("recipes/wan-14b/dmd.yaml", [override])
+        load_recipe("recipes/wan-14b/dmd.yaml", override.split())
