@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import attrs
 import pytest
@@ -18,6 +19,7 @@ from sftk.models.config import WanConfig, preset
 from sftk.models.wan import WanModel
 from sftk.runtime.parallelize import parallelize
 from sftk.runtime.plan import plan_stage
+from sftk.runtime.plan_advice import advise
 from sftk.runtime.plan_blocks import Active, measure_blocks
 from sftk.runtime.plan_layout import GIB
 from sftk.runtime.plan_pass import pass_stage
@@ -203,6 +205,22 @@ def test_what_does_not_fit_is_told_what_would_help():
     plan = plan_stage(load_recipe(BENCHMARK)[0], gpu_name="l40s")
     assert not plan.fits
     assert any(line.startswith("sharding over ") or "8-bit" in line for line in plan.advice), plan.advice
+
+
+@pytest.mark.slow
+def test_sharing_samples_is_advised_where_one_is_too_large():
+    """Sharding over 64 GPUs, and whatever else there is, leaves slightly too much: two ranks have to share a sample."""
+    size = "{dim: 96, ffn_dim: 384, num_heads: 4, num_layers: 2, in_dim: 4, out_dim: 4, text_dim: 32, text_len: 4}"
+    roles = ("generator", "real_score", "fake_score")
+    common = [f"models.{role}.{change}" for role in roles for change in (f"size={size}", "weights=null", "checkpoint=full")]
+    everything = ["models.real_score.dtype=bf16", "phases.generator.backward=replay", "batch.global=64", "batch.per_rank=1"]
+    tried = plan_stage(
+        load_recipe("recipes/digits/dmd.yaml", [*common, *everything])[0], gpus=64, sharding="fsdp", eight_bit=True
+    )
+    (stage,) = load_recipe("recipes/digits/dmd.yaml", [*common, "batch.global=8", "batch.per_rank=1"])
+    tight = attrs.evolve(plan_stage(stage, gpus=8), budget=tried.peak * 0.95)
+    first = advise(stage, pass_stage(stage), tight, 8)[0]
+    assert re.match(r"sharding over \d+ GPUs .* and parallel.sequence=2, with .* would make it fit", first), first
 
 
 def test_a_checkpoint_is_advised(small):
