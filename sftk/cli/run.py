@@ -29,6 +29,11 @@ from sftk.spec.recipe import find_document, is_study, load_recipe
 @click.option(
     "--resume", is_flag=True, help="Go on from the last checkpoint; without one, start afresh. A study goes on without it, too."
 )
+@click.option(
+    "--allow-changes",
+    is_flag=True,
+    help="Resume though the recipe is not the one that the checkpoint was trained with.",
+)
 @click.option("--jobs", "-j", type=click.IntRange(1), help="Of a study: most runs at a time [default: 1].")
 @click.option("--nproc", metavar="N|auto", help="Processes on this node; auto is one for each GPU [default: this one].")
 @click.option("--nnodes", default=1, show_default=True, type=click.IntRange(1), help="Nodes, on each of which this is started.")
@@ -46,6 +51,7 @@ def run(
     overrides: tuple[str, ...],
     run_dir: Path | None,
     resume: bool,
+    allow_changes: bool,
     jobs: int | None,
     nproc: str | None,
     nnodes: int,
@@ -69,7 +75,7 @@ def run(
         if study:
             run_study(recipe, overrides, run_dir=run_dir, jobs=jobs or 1)
         else:
-            run_recipe(recipe, overrides, run_dir=run_dir, resume=resume)
+            run_recipe(recipe, overrides, run_dir=run_dir, resume=resume, allow_changes=allow_changes)
         return
     if study:
         raise click.UsageError("--nproc is for one run; a study runs each of its rows in one process")
@@ -78,10 +84,11 @@ def run(
     )
     if nnodes > 1 and run_dir is None:
         raise click.UsageError("several nodes write to one folder that all of them see; name it with --run-dir")
-    sys.exit(_launch(recipe, overrides, run_dir, resume, options))
+    flags = [flag for flag, given in (("--resume", resume), ("--allow-changes", allow_changes)) if given]
+    sys.exit(_launch(recipe, overrides, run_dir, flags, options))
 
 
-def _launch(recipe: str, overrides: tuple[str, ...], run_dir: Path | None, resume: bool, options: Launch) -> int:
+def _launch(recipe: str, overrides: tuple[str, ...], run_dir: Path | None, flags: list[str], options: Launch) -> int:
     """Checks the recipe once, for these ranks, and starts the processes."""
     for stage in load_recipe(recipe, overrides, check=evaluation_problems):
         try:
@@ -89,9 +96,9 @@ def _launch(recipe: str, overrides: tuple[str, ...], run_dir: Path | None, resum
         except SpecError as error:
             raise SpecError([stage.document.locate(problem) for problem in error.problems]) from error
     if options.nnodes == 1:
-        run = open_run(Path(recipe).stem, run_dir, resume)
+        run = open_run(Path(recipe).stem, run_dir, "--resume" in flags)
     else:
         assert run_dir is not None
         run = RunDir(run_dir)
-    arguments = ["run", recipe, *overrides, "--run-dir", str(run.root), *(["--resume"] if resume else [])]
+    arguments = ["run", recipe, *overrides, "--run-dir", str(run.root), *flags]
     return launch(arguments, options, attrs.evolve(run, writes=False))

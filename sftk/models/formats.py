@@ -14,7 +14,8 @@ from sftk.errors import CheckpointError
 from sftk.models.config import WanConfig
 from sftk.models.config_files import check_architecture, geometry, told_by_json
 from sftk.models.names import is_diffusers, rename, unwrap
-from sftk.models.tensor_files import PICKLES, Stored, read_pickle, read_safetensors, split_entry, stream
+from sftk.models.shard_files import read_shards
+from sftk.models.tensor_files import PICKLES, Stored, read_pickle, split_entry, stream
 from sftk.models.weight_folders import read_folder, read_json, transformer_folder
 
 Format = Literal["sftk", "original", "diffusers"]
@@ -91,8 +92,8 @@ def open_weights(path: Path) -> WeightSource:
     """Finds out what lies at a path; reads names and shapes, no values.
 
     Args:
-        path: a safetensors file; a folder of the original Wan or of diffusers (the transformer's, or the pipeline's); or a
-            PyTorch file, `file.pt` or `file.pt:<entry>`.
+        path: a safetensors file, or that of any rank where several wrote parts; a folder of the original Wan or of diffusers
+            (the transformer's, or the pipeline's); or a PyTorch file, `file.pt` or `file.pt:<entry>`.
 
     Raises:
         CheckpointError: there is nothing, something is broken, or index and shards disagree.
@@ -118,7 +119,7 @@ def open_weights(path: Path) -> WeightSource:
     elif file.suffix in PICKLES:
         stored = read_pickle(file, entry)
     else:
-        stored, metadata = read_safetensors(file)
+        stored, metadata = read_shards(file)
         if {"config", "role"} & set(metadata):
             own = json.loads(metadata["config"]) if "config" in metadata else None
             return WeightSource(path=path, format="sftk", stored=stored, settings_path=file, own_config=own)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,34 @@ MAPPED_AT_ONCE = 1 << 30
 """Bytes of tensors that are read before a file is mapped anew, which lets go of the pages read so far."""
 
 _ZIP = b"PK\x03\x04"
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Dtypes as safetensors writes them."""
+
+
+@attrs.frozen(kw_only=True)
+class Piece:
+    """A part of a tensor, in a file of one rank.
+
+    Args:
+        file: it lies in, under the tensor's name.
+        offsets: where it begins in the tensor.
+        shape: its sizes.
+    """
+
+    file: Path
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
 @attrs.frozen(kw_only=True)
@@ -35,18 +63,22 @@ class Stored:
     """A tensor in a file.
 
     Args:
-        file: it lies in.
+        file: it lies in, or the first file when it lies in pieces.
         name: it has there.
         shape: its sizes.
         bytes: it takes.
+        dtype: as safetensors writes it, such as BF16; empty in a PyTorch file.
         entry: of the dictionary in a PyTorch file that it lies in, or None.
+        pieces: that make it up; none when it lies in `file` as a whole.
     """
 
     file: Path
     name: str
     shape: tuple[int, ...]
     bytes: int
+    dtype: str = ""
     entry: str | None = None
+    pieces: tuple[Piece, ...] = ()
 
 
 def split_entry(path: str | Path) -> tuple[Path, str | None]:
@@ -77,11 +109,20 @@ def read_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             for name in file.offset_keys():
                 part = file.get_slice(name)
                 shape = tuple(part.get_shape())
-                size = torch.Size(shape).numel() * _BYTES.get(part.get_dtype(), 1)
-                found[name] = Stored(file=path, name=name, shape=shape, bytes=size)
+                size = torch.Size(shape).numel() * _itemsize(part.get_dtype())
+                found[name] = Stored(file=path, name=name, shape=shape, bytes=size, dtype=part.get_dtype())
             return found, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {_what_is_wrong(path, error)}") from error
+        raise not_whole(path, error) from error
+
+
+def _itemsize(dtype: str) -> int:
+    return TORCH_DTYPES[dtype].itemsize if dtype in TORCH_DTYPES else 1
+
+
+def not_whole(path: Path, error: Exception) -> CheckpointError:
+    """What is said of a safetensors file that cannot be read, with the sizes when it is truncated."""
+    return CheckpointError(f"{path} is not a whole safetensors file: {_what_is_wrong(path, error)}")
 
 
 def read_pickle(path: Path, entry: str | None) -> dict[str, Stored]:
@@ -118,7 +159,7 @@ def stream(
             for item in group:
                 part = rows(item)
                 if part is None or part.start < part.stop:
-                    yield item, get(item.name, part)
+                    yield item, get(item, part)
 
 
 def _groups(stored: Iterable[Stored]) -> Iterator[list[Stored]]:
@@ -135,16 +176,43 @@ def _groups(stored: Iterable[Stored]) -> Iterator[list[Stored]]:
 
 
 @contextmanager
-def _opened(item: Stored) -> Iterator[Callable[[str, slice | None], Tensor]]:
+def _opened(item: Stored) -> Iterator[Callable[[Stored, slice | None], Tensor]]:
     if item.file.suffix in PICKLES:
         tensors, _ = _choose(item.file, _load(item.file), item.entry)
-        yield lambda name, rows: tensors[name] if rows is None else tensors[name][rows]
+        yield lambda wanted, rows: tensors[wanted.name] if rows is None else tensors[wanted.name][rows]
         return
+    if item.pieces:
+        with ExitStack() as files:
+            opened = functools.cache(lambda path: files.enter_context(_safe_open(path)))
+            yield lambda wanted, rows: _put_together(wanted, rows, opened)
+        return
+    with _safe_open(item.file) as file:
+        yield lambda wanted, rows: file.get_tensor(wanted.name) if rows is None else file.get_slice(wanted.name)[rows]
+
+
+def _put_together(item: Stored, rows: slice | None, opened: Callable[[Path], Any]) -> Tensor:
+    """The wanted rows, from the pieces that have some of them."""
+    if not item.shape:
+        return opened(item.pieces[0].file).get_tensor(item.name)
+    first, last = (rows.start, rows.stop) if rows is not None else (0, item.shape[0])
+    found = torch.empty((last - first, *item.shape[1:]), dtype=TORCH_DTYPES[item.dtype])
+    for piece in item.pieces:
+        start = piece.offsets[0]
+        here = slice(max(first, start), min(last, start + piece.shape[0]))
+        if here.start < here.stop:
+            columns = (slice(at, at + size) for at, size in zip(piece.offsets[1:], piece.shape[1:], strict=True))
+            part = opened(piece.file).get_slice(item.name)[here.start - start : here.stop - start]
+            found[(slice(here.start - first, here.stop - first), *columns)] = part
+    return found
+
+
+@contextmanager
+def _safe_open(path: Path) -> Iterator[Any]:
     try:
-        with safe_open(item.file, framework="pt") as file:
-            yield lambda name, rows: file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{item.file} is not a whole safetensors file: {_what_is_wrong(item.file, error)}") from error
+        raise not_whole(path, error) from error
 
 
 def _load(path: Path) -> Any:

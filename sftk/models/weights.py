@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from sftk.errors import CheckpointError
 from sftk.models.config import WanConfig
 from sftk.models.config_files import told_by_json
 from sftk.models.formats import WeightSource, open_weights
-from sftk.models.tensor_files import read_safetensors, stream
+from sftk.models.tensor_files import Stored, read_safetensors, stream
 from sftk.models.wan import WanModel
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -38,11 +38,16 @@ def save_weights(
         about: further metadata.
     """
     tensors = {name: _portable(tensor, dtype) for name, tensor in model.state_dict().items()}
-    metadata = {key: json.dumps(value) for key, value in (about or {}).items()}
+    save_file(tensors, path, metadata=weights_metadata(model, about or {}))
+
+
+def weights_metadata(model: object, about: Mapping[str, Any]) -> dict[str, str]:
+    """What a file of ours says about its weights: the model's config, and `about`."""
+    metadata = {key: json.dumps(value) for key, value in about.items()}
     config = getattr(model, "config", None)
     if config is not None:
         metadata["config"] = json.dumps(attrs.asdict(config))
-    save_file(tensors, path, metadata=metadata)
+    return metadata
 
 
 def load_weights(model: nn.Module, path: Path, here: Here = lambda tensor: (tensor, None)) -> None:
@@ -64,10 +69,7 @@ def load_weights(model: nn.Module, path: Path, here: Here = lambda tensor: (tens
             own = {name: tensor for name, tensor in own.items() if not name.startswith(f"{part}.")}
     if isinstance(model, WanModel):
         source.check_backbone()
-    differences = _differences(own, source)
-    if differences:
-        shown = "\n  ".join(differences[:12]) + (f"\n  and {len(differences) - 12} more" if len(differences) > 12 else "")
-        raise CheckpointError(f"the weights in {path} do not fit the model:\n  {shown}")
+    check_fit(own, source.stored, path)
     if isinstance(model, WanModel) and source.settings is not None:
         _check_config(model.config, source)
     held = {name: here(tensor) for name, tensor in own.items()}
@@ -169,17 +171,28 @@ def _portable(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.cpu().contiguous()
 
 
-def _differences(own: dict[str, Tensor], source: WeightSource) -> list[str]:
-    found = source.stored
-    shown = {name: name if item.name == name else f"{name} (there {item.name})" for name, item in found.items()}
-    lines = [f"missing: {name} {list(own[name].shape)}" for name in own if name not in found]
-    lines += [f"unexpected: {shown[name]} {list(found[name].shape)}" for name in found if name not in own]
+def check_fit(own: Mapping[str, Tensor], stored: Mapping[str, Stored], path: Path) -> None:
+    """That stored weights have a model's names and shapes.
+
+    Args:
+        own: of the model.
+        stored: by the model's names.
+        path: that they lie at.
+
+    Raises:
+        CheckpointError: they do not; the message lists what does not fit.
+    """
+    shown = {name: name if item.name == name else f"{name} (there {item.name})" for name, item in stored.items()}
+    lines = [f"missing: {name} {list(own[name].shape)}" for name in own if name not in stored]
+    lines += [f"unexpected: {shown[name]} {list(stored[name].shape)}" for name in stored if name not in own]
     lines += [
-        f"shape of {shown[name]}: the file has {list(found[name].shape)}, the model {list(own[name].shape)}"
+        f"shape of {shown[name]}: the file has {list(stored[name].shape)}, the model {list(own[name].shape)}"
         for name in own
-        if name in found and found[name].shape != own[name].shape
+        if name in stored and stored[name].shape != tuple(own[name].shape)
     ]
-    return lines
+    if lines:
+        listed = "\n  ".join(lines[:12]) + (f"\n  and {len(lines) - 12} more" if len(lines) > 12 else "")
+        raise CheckpointError(f"the weights in {path} do not fit the model:\n  {listed}")
 
 
 def _check_config(config: WanConfig, source: WeightSource) -> None:

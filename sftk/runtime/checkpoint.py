@@ -1,52 +1,68 @@
-"""Checkpoints: a folder is complete or invisible, the older one stays whole until the newer one is."""
+"""The folders of checkpoints: a folder is complete or invisible, the older one stays whole until the newer one is."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from sftk.errors import CheckpointError
-from sftk.models.weights import load_weights, save_weights
+from sftk.models.shard_files import shard_stem
+from sftk.runtime.checkpoint_storage import sync
 
 _NAME = re.compile(r"step_(\d{8})")
+_FACTS = "checkpoint.json"
+
+OPTIMIZER, AVERAGE = ".optimizer", ".ema"
+"""What follows a role's name in the names of files."""
 
 
-def save_checkpoint(folder: Path, step: int, models: dict[str, nn.Module], training: dict[str, Any], keep: int) -> Path:
-    """Writes `folder/step_<step>/` with one safetensors file for each model and `training.pt`, then drops old ones.
+def unfinished(folder: Path, step: int) -> Path:
+    """Where a checkpoint lies while it is written."""
+    return folder / f".writing-{step:08d}"
+
+
+def begin(folder: Path, step: int) -> None:
+    """Clears away what a killed run left half written or half removed, and makes the folder to write into."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for torn in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
+        shutil.rmtree(torn)
+    unfinished(folder, step).mkdir()
+
+
+def publish(folder: Path, step: int, facts: dict[str, Any], keep: int) -> Path:
+    """Shows the checkpoint of a step, whose files are all written, and drops old ones.
 
     Args:
         folder: of the stage's checkpoints.
         step: steps done.
-        models: name to module.
-        training: tensors, numbers and containers (read back with `weights_only=True`).
+        facts: what `read_facts` gives back.
         keep: how many checkpoints stay.
 
     Returns:
         The checkpoint's folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for torn in folder.glob(".writing-*"):
-        shutil.rmtree(torn)
-    target, temporary = folder / f"step_{step:08d}", folder / f".writing-{step:08d}"
-    temporary.mkdir()
-    for name, module in models.items():
-        save_weights(module, temporary / f"{name}.safetensors", about={"step": step, "role": name})
-    torch.save(training, temporary / "training.pt")
-    for path in (*temporary.iterdir(), temporary):
-        _sync(path)
+    temporary, target = unfinished(folder, step), folder / f"step_{step:08d}"
+    (temporary / _FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    for path in (temporary / _FACTS, temporary):
+        sync(path)
     if target.exists():
-        shutil.rmtree(target)
+        _remove(target)
     os.replace(temporary, target)
-    _sync(folder)
+    sync(folder)
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
     return target
+
+
+def _remove(checkpoint: Path) -> None:
+    """Makes it invisible first, so that a kill leaves no half of it to be found."""
+    hidden = checkpoint.with_name(f".removing-{checkpoint.name}")
+    os.replace(checkpoint, hidden)
+    shutil.rmtree(hidden)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -72,23 +88,20 @@ def checkpoint_step(path: Path) -> int:
     return int(match.group(1))
 
 
-def load_checkpoint(path: Path, models: dict[str, nn.Module]) -> dict[str, Any]:
-    """Loads a checkpoint's weights into the models, in place, and returns its training state.
+def checkpoint_files(path: Path) -> dict[str, Path]:
+    """What a checkpoint holds: `<role>`, `<role>.ema` and `<role>.optimizer` to a file; of several ranks' files the first."""
+    stems = {file: shard_stem(file) for file in sorted(path.glob("*.safetensors"))}
+    return {stem: file for file, stem in stems.items() if stem is not None}
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What a checkpoint says about itself.
 
     Raises:
-        CheckpointError: a file is missing, broken or of another model.
+        CheckpointError: its file is missing or broken.
     """
-    for name, module in models.items():
-        load_weights(module, path / f"{name}.safetensors")
+    file = path / _FACTS
     try:
-        return torch.load(path / "training.pt", map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path / 'training.pt'} cannot be read: {error}") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; remove {path.name}, and the one before it is taken") from error

@@ -17,7 +17,7 @@ from sftk.models.formats import open_weights
 from sftk.models.tensor_files import split_entry
 from sftk.models.weight_folders import STEM
 from sftk.models.weights import build_model
-from sftk.runtime.checkpoint import last_checkpoint
+from sftk.runtime.checkpoint import AVERAGE, OPTIMIZER, checkpoint_files, last_checkpoint
 from sftk.runtime.evaluators import evaluation_options
 from sftk.runtime.port import Port
 from sftk.runtime.sampling import AnyStudentSampling, StudentSampling, sample_latents, student_graph
@@ -195,9 +195,9 @@ def _weights(path: Path, run: Path, stage: str, role: str | None, recipe: Recipe
     )
     if folder is None:
         raise CheckpointError(f"{path} holds no complete checkpoint yet")
-    there = sorted(p.name.removesuffix(".safetensors") for p in folder.glob("*.safetensors"))
+    files = {name: file for name, file in checkpoint_files(folder).items() if not name.endswith(OPTIMIZER)}
     role = role or _student(recipe)
-    for name in (f"{role}.ema", role) if average else (role,):
-        if name in there:
-            return folder / f"{name}.safetensors"
-    raise CheckpointError(f"{folder} has no weights of {role!r}, only {there}; {did_you_mean(role, there) or ''}")
+    for name in (f"{role}{AVERAGE}", role) if average else (role,):
+        if name in files:
+            return files[name]
+    raise CheckpointError(f"{folder} has no weights of {role!r}, only {sorted(files)}; {did_you_mean(role, files) or ''}")

@@ -42,6 +42,11 @@ class EndlessBatches(Sampler[list[int]]):
         self.size, self.batch, self.seed, self.position = size, batch, seed, 0
         self.rank, self.world = rank, world
 
+    @property
+    def stride(self) -> int:
+        """Samples that all ranks take at a time."""
+        return self.batch * self.world
+
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, torch.empty(0)
         while True:
@@ -53,19 +58,49 @@ class EndlessBatches(Sampler[list[int]]):
                     generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
                     order = torch.randperm(self.size, generator=generator)
                 indices.append(int(order[place % self.size]))
-            self.position += self.batch * self.world
+            self.position += self.stride
             yield indices
+
+
+class Loader:
+    """Endless batches of one rank, and how far all ranks together have come.
+
+    The position counts samples of the whole run. It depends neither on how a batch is split over ranks and forward passes, nor
+    on what workers have read ahead, so that a run goes on with another split from the same sample.
+
+    Args:
+        batches: a loader over `sampler`.
+        sampler: decides what the next batch is when the loader is asked for it.
+    """
+
+    def __init__(self, batches: StatefulDataLoader, sampler: EndlessBatches):
+        self._batches, self._sampler = batches, sampler
+        self.position = 0
+
+    @property
+    def dataset(self) -> Any:
+        """What is read."""
+        return self._batches.dataset
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._sampler.position = self.position
+        return self._counted(iter(self._batches))
+
+    def _counted(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for batch in batches:
+            self.position += self._sampler.stride
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batches begin, the same on every rank."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Goes on from there, with the next iteration."""
         self.position = state["position"]
 
 
-def make_loader(recipe: Recipe, beside: Path | None = None, *, rank: int = 0, world: int = 1) -> StatefulDataLoader:
+def make_loader(recipe: Recipe, beside: Path | None = None, *, rank: int = 0, world: int = 1) -> Loader:
     """The loader of a stage: batches of `batch.per_rank` samples, without end.
 
     Args:
@@ -80,11 +115,8 @@ def make_loader(recipe: Recipe, beside: Path | None = None, *, rank: int = 0, wo
     options = found_files(recipe.data.use, recipe.data.with_, beside)
     data = found.build(**attrs.asdict(recipe.latents), seed=recipe.seed, options=options)
     batch, _ = recipe.batch.split(world)
+    sampler = EndlessBatches(len(data), batch, recipe.seed, rank, world)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-        return StatefulDataLoader(
-            data,
-            batch_sampler=EndlessBatches(len(data), batch, recipe.seed, rank, world),
-            collate_fn=found.collate,
-            num_workers=recipe.data.workers,
-        )
+        workers = recipe.data.workers
+        return Loader(StatefulDataLoader(data, batch_sampler=sampler, collate_fn=found.collate, num_workers=workers), sampler)

@@ -18,6 +18,7 @@ import sftk
 from sftk.core.graph import Graph
 from sftk.errors import CheckpointError
 from sftk.runtime.build import weights_file
+from sftk.runtime.checkpoint_restore import check_unchanged
 from sftk.runtime.device import device_name
 from sftk.runtime.evaluate import shipped_teacher
 from sftk.runtime.evaluators import EVALUATORS, evaluation_enabled, evaluation_options, evaluation_problems
@@ -41,6 +42,7 @@ def run_recipe(
     *,
     run_dir: Path | None = None,
     resume: bool = False,
+    allow_changes: bool = False,
     console: Console | None = None,
     graphs: Mapping[str, Graph] | None = None,
 ) -> RunDir:
@@ -54,6 +56,7 @@ def run_recipe(
         overrides: `key.path=value`.
         run_dir: the run's folder; by default `runs/<recipe>/<time>`.
         resume: go on from the last checkpoint; without one, start afresh.
+        allow_changes: resume though the recipe says otherwise than the one that the checkpoint was trained with.
         console: where progress is shown.
         graphs: phase name to a graph made in Python, for phases that name no spec.
 
@@ -62,6 +65,7 @@ def run_recipe(
 
     Raises:
         SpecError: the recipe is wrong; nothing was written.
+        CheckpointError: the recipe is another one than that of the run to resume; nothing was written.
         NonFiniteError: a loss became NaN or infinite.
         DistributedError: a process is missing.
         Interrupted: a signal stopped the run after a checkpoint.
@@ -80,6 +84,8 @@ def run_recipe(
         run = attrs.evolve(world.told_by_first(open_folder), writes=world.rank == 0)
         if world.rank:
             redirect_output(run.log(world.rank))
+        if resume and not allow_changes:
+            world.told_by_first(lambda: [check_unchanged(stage, run.checkpoints(stage.name)) for stage in stages])
         return _run_stages(stages, name, run, resume, world, console or Console())
 
 

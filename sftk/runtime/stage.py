@@ -11,11 +11,15 @@ from typing import Any
 
 import attrs
 
+import sftk
 from sftk.errors import NonFiniteError
 from sftk.runtime.build import Built, WeightFinder, build_stage
-from sftk.runtime.checkpoint import checkpoint_step, last_checkpoint, load_checkpoint, save_checkpoint
+from sftk.runtime.checkpoint import AVERAGE, checkpoint_files, last_checkpoint, read_facts
+from sftk.runtime.checkpoint_restore import restore
+from sftk.runtime.checkpoint_saver import Saver
+from sftk.runtime.checkpoint_state import optimizer_parts, saved_models, weight_parts
 from sftk.runtime.device import pick_device
-from sftk.runtime.loader import make_loader
+from sftk.runtime.loader import Loader, make_loader
 from sftk.runtime.mesh import make_mesh
 from sftk.runtime.meter import Meter, first_nonfinite
 from sftk.runtime.probe import find_nonfinite
@@ -23,6 +27,7 @@ from sftk.runtime.progress import TrainingProgress
 from sftk.runtime.step import TrainingStep
 from sftk.runtime.tracking import Tracker
 from sftk.runtime.world import World
+from sftk.spec.fingerprint import fingerprint, recipe_hash
 from sftk.spec.recipe import Stage
 
 
@@ -51,13 +56,15 @@ class StageRun:
     world: World = attrs.field(factory=World)
     built: Built = attrs.field(init=False)
     step: int = attrs.field(init=False, default=0)
-    loader: Any = attrs.field(init=False)
+    loader: Loader = attrs.field(init=False)
+    _saver: Saver = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         recipe, device = self.stage.recipe, pick_device(self.stage.recipe.device)
         mesh = make_mesh(recipe, self.world, device)
         self.built = build_stage(self.stage, device, self.earlier, mesh)
         self.loader = make_loader(recipe, self.stage.path, rank=mesh.data_rank, world=mesh.data_world)
+        self._saver = Saver(self.folder, recipe.checkpoint.keep, recipe.checkpoint.background)
 
     @property
     def done(self) -> bool:
@@ -65,18 +72,18 @@ class StageRun:
         return self.step >= self.stage.recipe.train.steps
 
     def resume(self) -> int:
-        """Goes on from the last checkpoint, if there is one; returns the steps done."""
-        found = last_checkpoint(self.folder)
+        """Goes on from the last checkpoint, if there is one; returns the steps done.
+
+        Raises:
+            CheckpointError: it is broken, or of other models.
+        """
+        found = self.world.told_by_first(lambda: last_checkpoint(self.folder))
         if found is None:
             return 0
-        for role, ema in self.built.emas.items():
-            if (found / f"{role}.ema.safetensors").is_file():
-                ema.begin()
-        training = load_checkpoint(found, self._saved_modules())
-        for role, state in training["optimizers"].items():
-            self.built.optimizers[role].load_state_dict(state)
-        self.loader.load_state_dict(training["loader"])
-        self.step = checkpoint_step(found)
+        facts = self.world.told_by_first(lambda: read_facts(found))
+        restore(found, self.built, self._roles)
+        self.loader.load_state_dict(facts["loader"])
+        self.step = facts["step"]
         return self.step
 
     def train(self, tracker: Tracker, progress: TrainingProgress) -> None:
@@ -96,25 +103,38 @@ class StageRun:
                 due = self.done or self.step % recipe.checkpoint.every == 0
                 if due or caught:
                     self._report(meter.flush(), run_step, tracker, progress)
-                    saved = self.save()
+                    saved = self.save(wait=bool(caught))
                     if caught:
                         raise Interrupted(caught[0], self.step, saved)
-        if recipe.train.steps == 0 and last_checkpoint(self.folder) is None:
+        if recipe.train.steps == 0 and self.world.told_by_first(lambda: last_checkpoint(self.folder)) is None:
             self.save()
+        self._saver.wait()
 
-    def save(self) -> Path:
-        """Writes a checkpoint of the current step."""
-        training = {
-            "step": self.step,
-            "optimizers": {role: optimizer.state_dict() for role, optimizer in self.built.optimizers.items()},
+    def save(self, *, wait: bool = True) -> Path:
+        """Writes a checkpoint of the current step, and returns its folder.
+
+        Args:
+            wait: until it is there; otherwise it is written while training goes on, if the recipe says so.
+        """
+        recipe = fingerprint(self.stage)
+        facts = {
+            "stage": self.stage.name,
+            "sftk": sftk.__version__,
+            "seed": self.stage.recipe.seed,
             "loader": self.loader.state_dict(),
+            "recipe_hash": recipe_hash(recipe),
+            "recipe": recipe,
         }
-        return save_checkpoint(self.folder, self.step, self._saved_modules(), training, self.stage.recipe.checkpoint.keep)
+        parts = weight_parts(saved_models(self.built, self._roles), self.step) | optimizer_parts(self.built)
+        saved = self._saver.save(self.step, parts, facts)
+        if wait:
+            self._saver.wait()
+        return saved
 
-    def _saved_modules(self) -> dict[str, Any]:
-        updated = {role for phase in self.stage.recipe.phases for role in phase.roles}
-        modules = {role: self.built.modules[role] for role in sorted(updated)}
-        return modules | {f"{role}.ema": ema for role, ema in self.built.emas.items() if ema.begun}
+    @property
+    def _roles(self) -> tuple[str, ...]:
+        """That are updated, and so saved."""
+        return tuple(sorted({role for phase in self.stage.recipe.phases for role in phase.roles}))
 
     def _report(self, ready: list, run_step: TrainingStep, tracker: Tracker, progress: TrainingProgress) -> None:
         for step, values in ready:
@@ -132,6 +152,7 @@ class StageRun:
         # Every rank runs everything, however early it finds something: the others need it for sharded weights.
         mine = [find_nonfinite(graph, values, models) for values in run_step.recent[step, phase]]
         culprit = next(filter(None, (found for each in self.built.mesh.gather(mine) for found in each)), None)
+        self._saver.wait()
         saved = last_checkpoint(self.folder)
         good = f"the last good checkpoint is {saved}" if saved else "no checkpoint was saved before"
         where = (
@@ -147,11 +168,9 @@ def saved_weights(stage: Stage, folder: Path) -> dict[str, Path]:
     found = last_checkpoint(folder)
     if found is None:
         return {}
-    files = {}
-    for role in sorted({role for phase in stage.recipe.phases for role in phase.roles}):
-        average = found / f"{role}.ema.safetensors"
-        files[f"{stage.name}/{role}"] = average if average.is_file() else found / f"{role}.safetensors"
-    return files
+    files = checkpoint_files(found)
+    roles = sorted({role for phase in stage.recipe.phases for role in phase.roles})
+    return {f"{stage.name}/{role}": files.get(f"{role}{AVERAGE}", files[role]) for role in roles}
 
 
 @contextmanager

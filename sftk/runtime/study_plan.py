@@ -13,6 +13,7 @@ import attrs
 from sftk.errors import SftkError
 from sftk.runtime.rundir import RunDir
 from sftk.runtime.stage import saved_weights
+from sftk.spec.fingerprint import first_difference
 from sftk.spec.source import read_yaml
 from sftk.spec.study import Row, Study
 
@@ -95,7 +96,7 @@ class PlannedRun:
         was, now = (self._without_handoffs(value) for value in (read_yaml(self.folder.recipe).value, self.row.stage.resolved))
         now["seed"] = self.seed
         judged = was.pop("eval", None) == now.pop("eval", None)
-        if (found := difference(was, now)) is not None:
+        if (found := first_difference(was, now)) is not None:
             raise SftkError(
                 f"{self.folder.root} holds a run of another recipe: {found}; remove that folder, or take another --run-dir"
             )
@@ -156,19 +157,3 @@ def chain_lengths(runs: Runs) -> dict[tuple[str, int], int]:
         for row, seed, _ in run.needs.values():
             lengths[row, seed] = max(lengths[row, seed], lengths[key] + 1)
     return lengths
-
-
-def difference(was: Any, now: Any, path: str = "$") -> str | None:
-    """The first place where two plain values differ, in words.
-
-    Example:
-        >>> difference({"train": {"steps": 3}}, {"train": {"steps": 4}})
-        '$.train.steps was 3 and is 4'
-    """
-    if isinstance(was, dict) and isinstance(now, dict):
-        pairs = ((f"{path}.{key}", was.get(key), now.get(key)) for key in {**was, **now})
-    elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
-        pairs = ((f"{path}[{index}]", *pair) for index, pair in enumerate(zip(was, now, strict=True)))
-    else:
-        return None if was == now else f"{path} was {json.dumps(was)} and is {json.dumps(now)}"
-    return next(filter(None, (difference(a, b, place) for place, a, b in pairs)), None)

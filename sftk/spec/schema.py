@@ -216,10 +216,14 @@ class EvalSection:
 
 @attrs.frozen(kw_only=True)
 class CheckpointSection:
-    """A checkpoint each `every` steps (and at the end); the last `keep` are kept."""
+    """A checkpoint each `every` steps (and at the end); the last `keep` are kept.
+
+    `background` copies what is to be saved to the host's memory and writes it while training goes on; else training waits.
+    """
 
     every: int = attrs.field(default=500, validator=at_least(1))
     keep: int = attrs.field(default=2, validator=at_least(1))
+    background: bool = True
 
 
 @attrs.frozen(kw_only=True)

@@ -137,11 +137,12 @@ def test_checkpoints(finished):
     run, _ = finished
     folders = sorted((run / "checkpoints" / "dmd").iterdir())
     assert [folder.name for folder in folders] == ["step_00000001", "step_00000002"]
-    files = {"fake_score.safetensors", "generator.ema.safetensors", "generator.safetensors", "training.pt"}
+    names = ("fake_score", "fake_score.optimizer", "generator", "generator.ema", "generator.optimizer")
+    files = {f"{name}.safetensors" for name in names} | {"checkpoint.json"}
     assert {path.name for path in folders[-1].iterdir()} == files
     weights = load_file(folders[-1] / "generator.safetensors")
     assert sum(tensor.numel() for tensor in weights.values()) > 600_000
-    assert torch.load(folders[-1] / "training.pt", weights_only=True)["step"] == 2
+    assert json.loads((folders[-1] / "checkpoint.json").read_text())["step"] == 2
 
 
 @pytest.mark.parametrize("frames", [21, 6])

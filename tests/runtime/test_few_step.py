@@ -98,7 +98,8 @@ def test_built_in_roles_are_frozen_and_leave_no_checkpoint(tmp_path):
     TrainingStep(stage.recipe, run.built, iter(run.loader))(0)
     saved = run.save()
     assert {path.name for path in saved.glob("*.safetensors")} == {
-        "generator.safetensors", "generator.ema.safetensors", "fake_score.safetensors"
+        "generator.safetensors", "generator.ema.safetensors", "fake_score.safetensors",
+        "generator.optimizer.safetensors", "fake_score.optimizer.safetensors",
     }  # fmt: skip
     assert "reward" not in run.built.modules
     after = list(run.built.ports["reward"].parameters())

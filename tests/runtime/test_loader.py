@@ -49,7 +49,7 @@ def test_ranks_take_disjoint_parts_of_each_global_batch(world):
     sampler = EndlessBatches(11, 2, 4, world - 1, world)
     take(sampler, 3)
     again = EndlessBatches(11, 2, 4, world - 1, world)
-    again.load_state_dict(sampler.state_dict())
+    again.position = sampler.position
     assert take(again, 5) == ranks[-1][3:]
 
 
@@ -67,6 +67,28 @@ def test_resumed_in_the_middle_of_an_epoch(tiny, workers, done):
     assert [batch["prompt"] for batch in found] == [batch["prompt"] for batch in wanted]
     assert all(torch.equal(one["latents"], other["latents"]) for one, other in zip(found, wanted, strict=True))
     assert found[0]["latents"].shape == (2, 6, 4, 8, 8)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_other_ranks_go_on_from_the_same_sample(tiny, workers):
+    def loader(per_rank, rank, world):
+        changes = ["batch.global=4", f"batch.per_rank={per_rank}", f"data.workers={workers}"]
+        return make_loader(load_recipe(tiny(), changes)[0].recipe, rank=rank, world=world)
+
+    def latents(loaders, count):
+        parts = zip(*(itertools.islice(one, count) for one in loaders), strict=True)
+        return torch.cat([batch["latents"] for batches in parts for batch in batches])
+
+    whole = latents([loader(4, 0, 1)], 9)
+    position, found = 0, []
+    for world, per_rank, updates in ((4, 1, 3), (2, 1, 2), (1, 4, 3), (2, 2, 1)):
+        loaders = [loader(per_rank, rank, world) for rank in range(world)]
+        for one in loaders:
+            one.load_state_dict({"position": position})
+        found.append(latents(loaders, updates * 4 // (per_rank * world)))
+        (position,) = {one.state_dict()["position"] for one in loaders}
+        assert position == 4 * (updates + sum(len(part) for part in found[:-1]) // 4)
+    assert torch.equal(torch.cat(found), whole)
 
 
 def test_workers_read_the_same_batches(tiny):

@@ -143,6 +143,7 @@ def test_a_branch_is_in_the_checkpoint_and_resumed(tmp_path):
     saved = first.save()
     assert {path.name for path in saved.glob("*.safetensors")} == {
         "generator.safetensors", "generator.ema.safetensors", "fake_score.safetensors", "discriminator.safetensors",
+        "generator.optimizer.safetensors", "fake_score.optimizer.safetensors", "discriminator.optimizer.safetensors",
     }  # fmt: skip
     second = StageRun(stage, tmp_path, {})
     assert second.resume() == 1

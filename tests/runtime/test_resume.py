@@ -16,7 +16,7 @@ from sftk.runtime.checkpoint import last_checkpoint, list_checkpoints
 from sftk.runtime.meter import Meter
 from sftk.runtime.stage import Interrupted, catch_signals
 
-NAMES = {"fake_score", "generator", "generator.ema"}
+NAMES = {"fake_score", "fake_score.optimizer", "generator", "generator.ema", "generator.optimizer"}
 
 
 def weights(run, stage="tiny"):
@@ -37,9 +37,12 @@ def rows(run):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for_rows(folder, count, process):
+def wait_for_rows(folder, count, process, saved=0):
+    """Until so many steps are written down and a checkpoint of step `saved`, which follows in its own time, is there."""
     deadline = time.monotonic() + 60
-    while len(rows(folder) if complete(folder) else []) < count:
+    while len(rows(folder) if complete(folder) else []) < count or (
+        saved and not (folder / "checkpoints" / "tiny" / f"step_{saved:08d}").exists()
+    ):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -55,7 +58,7 @@ def test_killed_and_resumed_in_a_new_process_equals_uninterrupted(tiny, train, c
     whole = train(recipe, "train.steps=8", to="whole")
     killed = tmp_path / "killed"
     process = command("run", recipe, "train.steps=8", "--run-dir", killed, cwd=tmp_path)
-    wait_for_rows(killed, 5, process)
+    wait_for_rows(killed, 5, process, saved=4)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert 4 <= int(last_checkpoint(killed / "checkpoints" / "tiny").name[-8:]) < 8
@@ -80,8 +83,8 @@ def test_a_torn_checkpoint_is_passed_over(tiny, train, tmp_path, torn):
     newest = again / "checkpoints" / "tiny" / "step_00000006"
     writing = newest.with_name(".writing-00000006")
     newest.rename(writing)
-    data = (writing / "training.pt").read_bytes()
-    (writing / "training.pt").write_bytes(data[: len(data) // 2] if torn == "truncated" else b"")
+    data = (writing / "generator.safetensors").read_bytes()
+    (writing / "generator.safetensors").write_bytes(data[: len(data) // 2] if torn == "truncated" else b"")
     resumed = train(recipe, "train.steps=6", to="again", resume=True)
     assert [path.name for path in list_checkpoints(resumed.checkpoints("tiny"))] == ["step_00000004", "step_00000006"]
     assert not writing.exists()

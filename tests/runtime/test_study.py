@@ -49,7 +49,7 @@ if say == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 stage = folder / "checkpoints" / "tiny" / "step_00000004"
 stage.mkdir(parents=True)
-for file in ("training.pt", "generator.safetensors", "generator.ema.safetensors", "fake_score.safetensors"):
+for file in ("checkpoint.json", "generator.safetensors", "generator.ema.safetensors", "fake_score.safetensors"):
     (stage / file).write_text("")
 (folder / "texts.json").write_text(json.dumps(texts))
 summary = {"seconds": {"train tiny": 2.0}, "student_after": {"frechet": float(folder.name[5:])}}
@@ -232,11 +232,11 @@ def test_real_runs_and_what_is_made_again(study, tiny, tmp_path, monkeypatch):
     output = io.StringIO()
     assert times(study(output=output)) == done
     assert "4 runs, 4 of them done before" in output.getvalue()
-    steps = [path.stat().st_mtime_ns for path in sorted(run.root.glob("runs/*/*/checkpoints/tiny/*/training.pt"))]
+    steps = [path.stat().st_mtime_ns for path in sorted(run.root.glob("runs/*/*/checkpoints/tiny/*/checkpoint.json"))]
     again = study(None, "seeds=[0]", "one.eval.with.clips=3", text=MATRIX)
     now = times(again)
     assert {name for name in now if now[name] != done[name]} == {"oneseed_0"}
-    assert [path.stat().st_mtime_ns for path in sorted(run.root.glob("runs/*/*/checkpoints/tiny/*/training.pt"))] == steps
+    assert [path.stat().st_mtime_ns for path in sorted(run.root.glob("runs/*/*/checkpoints/tiny/*/checkpoint.json"))] == steps
     assert list(again.read("summary.json")["rows"]["one"]["runs"]) == ["0"]
     with pytest.raises(
         SftkError, match=r"seed_0 holds a run of another recipe: \$.optimizers.generator.lr was 0.001 and is 0.5"

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from sftk.errors import SftkError
-from sftk.runtime.study_plan import difference, plan_runs
+from sftk.runtime.study_plan import plan_runs
 from sftk.spec.study import load_study
 
 MATRIX = """\
@@ -88,17 +88,3 @@ def test_step_is_that_of_the_last_whole_line(plan):
     assert run.step() == 699
     run.folder.metrics.write_text('{"stage": "tiny", "st')
     assert run.step() is None
-
-
-@pytest.mark.parametrize(
-    ("was", "now", "found"),
-    [
-        ({"a": [1, {"b": 2.0}]}, {"a": [1, {"b": 2.0}]}, None),
-        ({"a": [1, {"b": 2.0}]}, {"a": [1, {"b": 3.0}]}, "$.a[1].b was 2.0 and is 3.0"),
-        ({"a": [1]}, {"a": [1, 2]}, "$.a was [1] and is [1, 2]"),
-        ({"a": "x"}, {}, '$.a was "x" and is null'),
-        ({}, {"b": True}, "$.b was null and is true"),
-    ],
-)
-def test_difference(was, now, found):
-    assert difference(was, now) == found
