@@ -40,7 +40,6 @@ def make(way: str, seed: int) -> Built:
         model(torch.linspace(-1, 1, 14).reshape(2, 7)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    cpu = torch.device("cpu")
     return Built(
         modules={"net": model},
         emas={},

@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import threading
+from typing import Any
 
+import attrs
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,8 +24,6 @@ from sftk.runtime.checkpoint_saver import Saver, Staging
 from sftk.runtime.checkpoint_state import Part, optimizer_parts, shares, weight_parts
 from sftk.runtime.checkpoint_storage import SHARES, PartsWriter
 from sftk.runtime.mesh import Mesh
-
-CPU = torch.device("cpu")
 
 
 def linear(value=1.0):
@@ -40,7 +40,8 @@ def save(folder, step, value=1.0, keep=2):
 
 
 def built(models, optimizers):
-    return Built(modules=models, emas={}, ports={}, optimizers=optimizers, syncs={}, graphs={}, device=CPU, mesh=Mesh.single())
+    empty: dict[str, Any] = {field.name: {} for field in attrs.fields(Built)}
+    return Built(**empty | {"modules": models, "optimizers": optimizers, "mesh": Mesh.single()})
 
 
 def load(path, **models):
