@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
+import attrs
 import pytest
 import torch
 import torch.distributed as dist
@@ -40,16 +42,8 @@ def make(way: str, seed: int) -> Built:
         model(torch.linspace(-1, 1, 14).reshape(2, 7)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return Built(
-        modules={"net": model},
-        emas={},
-        ports={},
-        optimizers={"net": optimizer},
-        syncs={},
-        graphs={},
-        device=cpu,
-        mesh=Mesh.single(),
-    )
+    empty: dict[str, Any] = {field.name: {} for field in attrs.fields(Built)}
+    return Built(**empty | {"modules": {"net": model}, "optimizers": {"net": optimizer}, "mesh": Mesh.single()})
 
 
 def whole(built: Built) -> dict[str, torch.Tensor]:
