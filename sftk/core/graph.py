@@ -123,7 +123,8 @@ class Graph(Transform):
         values = from_state(state)
         missing = [key for key in self.inputs if key not in values]
         if missing:
-            hints = dict.fromkeys(filter(None, (did_you_mean(key, values) for key in missing)))
+            near = (did_you_mean(key, values) for key in missing)
+            hints = dict.fromkeys(hint for hint in near if hint and hint.startswith("did you mean"))
             found = f"the graph {self.name!r} needs {missing} in its state, found {sorted(values)}"
             raise ShapeError("; ".join((found, *hints)))
         unbound = [role for role in self.ports if role not in models]

@@ -1,7 +1,7 @@
 """Pure tensor mathematics: schedule, noise, guidance, keyed sampling, attention, caches, rollout, solvers."""
 
 from sftk.functional.attention import attention, available_backends, exact_derivatives
-from sftk.functional.cache import KVCache, append, window
+from sftk.functional.cache import KVCache, append, forget_text, window
 from sftk.functional.classify import Discriminator, classify
 from sftk.functional.context import commit_context, commit_given, start_cache, window_context
 from sftk.functional.discrete import clean_state, draw_grid_step, draw_step, pick_ode_states
@@ -69,6 +69,7 @@ __all__ = [
     "flow_to_noise",
     "flow_to_x0",
     "follow_flow",
+    "forget_text",
     "guide",
     "interpolate",
     "join_blocks",

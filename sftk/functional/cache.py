@@ -46,7 +46,8 @@ class KVCache:
 
     Args:
         chunks: oldest first.
-        text: text (k, v) of each layer, which do not change during a rollout; used by passes without gradient.
+        text: text (k, v) of each layer, from the first pass that was appended. Passes without gradient take them and do not
+            look at their own prompt; see `forget_text` for a prompt that changes.
         rope: `absolute` keys are stored rotated to their frame's index; `relative` ones are stored unrotated and rotated when
             they are read, to their place in the cache, so that a long rollout stays in the trained range.
 
@@ -140,6 +141,17 @@ def window(cache: KVCache, *, size: int | None, sink: int = 0) -> KVCache:
         chunks += [chunk.take(run[0], run[-1] + 1) for run in runs]
         offset += len(chunk.positions)
     return dataclasses.replace(cache, chunks=tuple(chunks))
+
+
+def forget_text(cache: KVCache) -> KVCache:
+    """The cache without its text keys and values: the next pass reads its own prompt, which may be another one.
+
+    Example:
+        >>> kv = ((torch.zeros(1, 3, 2, 8),) * 4,)
+        >>> forget_text(append(KVCache(), kv, (0, 1, 2))).text is None
+        True
+    """
+    return dataclasses.replace(cache, text=None)
 
 
 def take_rows(cache: KVCache, start: int, stop: int) -> KVCache:

@@ -14,7 +14,7 @@ from sftk.functional import cache as caches
 from sftk.functional.cache import KVCache, LayerKV, RopeMode
 from sftk.functional.examples import example_block, example_cache, step_example
 from sftk.functional.guided import guided_kv
-from sftk.functional.keys import Key
+from sftk.functional.keys import Key, normal_like
 from sftk.functional.noise import interpolate
 from sftk.functional.plan import Block
 from sftk.functional.predict import Denoiser, toy_denoiser
@@ -179,7 +179,7 @@ def commit_context(
     with torch.no_grad():
         context = x0.detach()
         if noise_context and (context_noise > 0 or schedule == "table"):
-            noise = key.normal(f"context_noise_b{block.index}", x0.shape[1:], device=x0.device, dtype=x0.dtype)
+            noise = normal_like(key, f"context_noise_b{block.index}", x0)
             level = frame_timesteps(x0, context_noise)
             context = interpolate(context, noise, timestep_to_sigma(level, schedule, shift))
         guidance: Any = {"scale": scale, "batched": batched}

@@ -11,7 +11,7 @@ from torch import Tensor
 from sftk.core.geometry import block_problems, split_blocks
 from sftk.core.transform import transform
 from sftk.errors import ShapeError
-from sftk.functional.keys import Key
+from sftk.functional.keys import Key, uniform_like
 from sftk.functional.sampling import Per, spread_blocks
 from sftk.functional.schedule import check_steps, inference_timesteps, shift_problems, warp_steps
 
@@ -28,7 +28,7 @@ def draw_index(key: Key, like: Tensor, count: int, per: Per, blocks: tuple[int, 
         >>> draw_index(Key(seed=0), torch.zeros(1, 4), 1, "block", (1, 3), "step")
         tensor([[0, 0, 0, 0]])
     """
-    u = key.uniform(name, (1 if per == "sample" else like.shape[1],), device=like.device)
+    u = uniform_like(key, name, like, (1 if per == "sample" else like.shape[1],))
     index = (u * count).long().clamp(max=count - 1)
     return spread_blocks(index, blocks) if per == "block" else index.expand(-1, like.shape[1])
 

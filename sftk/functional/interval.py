@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sftk.core.transform import transform
-from sftk.functional.keys import Key
+from sftk.functional.keys import Key, uniform_like
 from sftk.functional.schedule import TIMESTEPS, shift_problems, shift_sigma
 
 
@@ -63,12 +63,12 @@ def draw_interval(
         >>> t.shape, bool((d >= 0).all() and (d <= t).all())
         (torch.Size([2, 6]), True)
     """
-    times = key.uniform(name, (2,), device=like.device)
+    times = uniform_like(key, name, like, (2,))
     if spread is not None:
         times = torch.sigmoid(spread[0] + spread[1] * torch.special.ndtri(times.clamp(1e-6, 1 - 1e-6)))
     times = shift_sigma(times, shift) * TIMESTEPS
     timestep, end = times.amax(dim=1, keepdim=True), times.amin(dim=1, keepdim=True)
-    is_empty = key.uniform(f"{name}/empty", (1,), device=like.device) < empty
+    is_empty = uniform_like(key, f"{name}/empty", like, (1,)) < empty
     interval = torch.where(is_empty, torch.zeros_like(end), timestep - end)
     return timestep.expand(-1, like.shape[1]), interval.expand(-1, like.shape[1])
 

@@ -112,3 +112,45 @@ class RecordedKey:
         if len(found) < count or not all(low <= value < high for value in found[:count]):
             raise ShapeError(f"need {count} integers in [{low}, {high}) recorded as {name!r}, found {list(found)}")
         return tuple(found[:count])
+
+
+def normal_like(key: Key | RecordedKey, name: str, like: Tensor) -> Tensor:
+    """Standard normal noise of another tensor's shape, device and dtype, each sample's its own.
+
+    Args:
+        like: [B, ...].
+
+    Raises:
+        ShapeError: the key is of another number of samples than the batch.
+
+    Example:
+        >>> normal_like(Key(seed=0, samples=(0, 1)), "noise", torch.zeros(2, 3)).shape
+        torch.Size([2, 3])
+    """
+    return _of_batch(key.normal(name, like.shape[1:], device=like.device, dtype=like.dtype), name, like)
+
+
+def uniform_like(key: Key | RecordedKey, name: str, like: Tensor, shape: Sequence[int]) -> Tensor:
+    """[B, *shape] float32, uniform in [0, 1), for the samples of another tensor and on its device.
+
+    Args:
+        like: [B, ...].
+
+    Raises:
+        ShapeError: the key is of another number of samples than the batch.
+
+    Example:
+        >>> uniform_like(Key(seed=0, samples=(0, 1)), "drop", torch.zeros(2, 3), (1,)).shape
+        torch.Size([2, 1])
+    """
+    return _of_batch(key.uniform(name, shape, device=like.device), name, like)
+
+
+def _of_batch(drawn: Tensor, name: str, like: Tensor) -> Tensor:
+    """What was drawn; numbers of one sample would otherwise be broadcast over a batch without a word."""
+    if drawn.shape[0] != like.shape[0]:
+        raise ShapeError(
+            f"the key draws {name!r} for {drawn.shape[0]} samples, the batch has {like.shape[0]}; give Key(samples=...) the "
+            "global index of each"
+        )
+    return drawn

@@ -11,7 +11,7 @@ from torch import Tensor
 from sftk.core.transform import transform
 from sftk.functional.cache import KVCache
 from sftk.functional.examples import example_block, step_example
-from sftk.functional.keys import Key
+from sftk.functional.keys import Key, normal_like
 from sftk.functional.noise import flow_to_x0, interpolate
 from sftk.functional.plan import Block, Step
 from sftk.functional.predict import Denoiser
@@ -135,7 +135,7 @@ def renoise(
     """
     assert step.next_timestep is not None, "the last step is never followed by a re-noising"
     name = f"renoise_b{0 if block is None else block.index}_s{step.index}"
-    noise = key.normal(name, x0.shape[1:], device=x0.device, dtype=x0.dtype)
+    noise = normal_like(key, name, x0)
     timestep = frame_timesteps(x0, step.next_timestep)
     return interpolate(x0, noise, timestep_to_sigma(timestep, schedule, shift))
 

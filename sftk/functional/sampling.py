@@ -11,7 +11,7 @@ from torch import Tensor
 from sftk.core.geometry import block_problems, split_blocks
 from sftk.core.transform import transform
 from sftk.errors import ShapeError
-from sftk.functional.keys import Key
+from sftk.functional.keys import Key, normal_like, uniform_like
 from sftk.functional.schedule import TIMESTEPS, shift_problems, shift_sigma
 
 Per = Literal["sample", "block", "frame"]
@@ -37,7 +37,7 @@ def draw_noise(key: Key, like: Tensor, *, name: str = "noise"):
         >>> draw_noise(Key(seed=0, samples=(0, 1)), torch.zeros(2, 3)).shape
         torch.Size([2, 3])
     """
-    return key.normal(name, like.shape[1:], device=like.device, dtype=like.dtype)
+    return normal_like(key, name, like)
 
 
 def shape_timestep(raw: Tensor, shift: float, clamp: tuple[float, float] | None = None) -> Tensor:
@@ -141,7 +141,7 @@ def draw_timestep(
     if ts_schedule_max:
         high = _shared(exit_from)
     frames = like.shape[1]
-    u = key.uniform(name, (1 if per == "sample" else frames,), device=like.device)
+    u = uniform_like(key, name, like, (1 if per == "sample" else frames,))
     raw = low + (high - low) * u
     if per == "sample":
         raw = raw.expand(-1, frames)
@@ -238,5 +238,5 @@ def drop_condition(key: Key, prompt_embeds: Tensor, negative_embeds: Tensor, *, 
         >>> drop_condition(Key(seed=0), torch.ones(1, 1, 1), torch.zeros(1, 1, 1), rate=1.0)
         tensor([[[0.]]])
     """
-    drop = key.uniform(name, (1, 1), device=prompt_embeds.device) < rate
+    drop = uniform_like(key, name, prompt_embeds, (1, 1)) < rate
     return torch.where(drop, negative_embeds, prompt_embeds)

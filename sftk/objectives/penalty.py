@@ -11,7 +11,7 @@ from torch import Tensor
 from sftk.core.transform import transform
 from sftk.functional.attention import exact_derivatives
 from sftk.functional.classify import Discriminator, classify, classify_example
-from sftk.functional.keys import Key
+from sftk.functional.keys import Key, normal_like
 from sftk.functional.predict import Denoiser
 from sftk.objectives.dmd import at_least_float32
 
@@ -90,7 +90,7 @@ def gradient_penalty(
             found = classify(denoiser, discriminator, latents, timestep, prompt_embeds)
             grads = [torch.autograd.grad(column.sum(), latents, create_graph=twice, retain_graph=True)[0] for column in found.T]
         return weight * sum(grad.to(dtype).square().sum() for grad in grads), count
-    noise = key.normal(name, noisy.shape[1:], device=noisy.device, dtype=noisy.dtype)
+    noise = normal_like(key, name, noisy)
     perturbed = classify(denoiser, discriminator, noisy + sigma * noise, timestep, prompt_embeds)
     return weight * finite_difference(logits, perturbed, sigma), count
 

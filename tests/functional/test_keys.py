@@ -6,7 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sftk.errors import ShapeError
-from sftk.functional import Key, RecordedKey, crop_length, draw_noise, draw_timestep, drop_condition
+from sftk.functional import (
+    Key,
+    RecordedKey,
+    Step,
+    crop_length,
+    draw_grid_step,
+    draw_interval,
+    draw_noise,
+    draw_timestep,
+    drop_condition,
+    renoise,
+)
 from sftk.functional.sampling import shape_timestep, spread_blocks
 from sftk.functional.schedule import unshift_sigma
 
@@ -181,6 +192,22 @@ def test_crop_length():
     for more in (12, 15):
         with pytest.raises(ShapeError, match=f"min_frames {more} is more than the 9 frames"):
             crop_length(Key(seed=0), noise, min_frames=more)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda key, like: draw_noise(key, like),
+        lambda key, like: draw_timestep(key, like),
+        lambda key, like: draw_interval(key, like),
+        lambda key, like: draw_grid_step(key, like),
+        lambda key, like: drop_condition(key, like, like),
+        lambda key, like: renoise(like, key, Step(index=0, timestep=1000.0, next_timestep=500.0)),
+    ],
+)
+def test_one_samples_numbers_are_not_spread_over_a_batch(draw):
+    with pytest.raises(ShapeError, match=r"for 1 samples, the batch has 2; give Key\(samples=\.\.\.\)"):
+        draw(Key(seed=0), torch.zeros(2, 3, 4, 2, 2))
 
 
 def test_drop_condition():

@@ -6,6 +6,7 @@ import torch
 from sftk.core import Graph
 from sftk.errors import ShapeError, SpecError
 from sftk.functional import KVCache, flow_to_x0, predict_flow, predict_flow_teacher_forced, predict_x0, predict_x0_cfg
+from sftk.functional.classify import ToyDiscriminator, classify
 from sftk.functional.guided import guided_kv
 from sftk.functional.predict import toy_denoiser
 from sftk.functional.schedule import timestep_to_sigma
@@ -96,3 +97,41 @@ def test_guided_context_needs_both_conditions(inputs):
     noisy, timestep, prompt, _ = inputs
     with pytest.raises(ShapeError, match=r"guidance of scale 2\.0 needs negative_embeds"):
         guided_kv(toy_denoiser, noisy, timestep, prompt, None, scale=2.0, cache=KVCache())
+
+
+def test_teacher_forced_flow_is_guided(model, inputs, randn):
+    noisy, timestep, prompt, negative = inputs
+    clean = randn(2, 4, 4, 4, 4)
+
+    def flow(embeds, **more):
+        return predict_flow_teacher_forced(model, noisy, timestep, clean, embeds, frames_per_block=2, **more)
+
+    cond, uncond = flow(prompt), flow(negative)
+    found = flow(prompt, negative_embeds=negative, scale=3.0)
+    torch.testing.assert_close(found, uncond + 3 * (cond - uncond), rtol=1e-10, atol=1e-10)
+    assert torch.equal(flow(prompt, negative_embeds=negative), cond)
+    assert not torch.allclose(cond, uncond)
+    with pytest.raises(ShapeError, match=r"guidance of scale 3\.0 needs negative_embeds"):
+        flow(prompt, scale=3.0)
+
+
+@pytest.mark.parametrize(("window", "sink", "seen"), [(None, 0, {0, 1, 2, 3}), (1, 0, {3}), (2, 1, {0, 3}), (3, 1, {0, 2, 3})])
+def test_windows_and_sinks_of_a_causal_pass(inputs, window, sink, seen):
+    noisy, timestep, prompt, _ = inputs
+    layouts = []
+
+    def spy(*args, layout, **kwargs):
+        layouts.append(layout)
+        return toy_denoiser(*args, layout=layout, **kwargs)
+
+    predict_flow(spy, noisy, timestep, prompt, frames_per_block=1, window=window, sink=sink)
+    predict_x0(spy, noisy, timestep, prompt, frames_per_block=1, window=window, sink=sink)
+    for layout in layouts:
+        assert {frame for frame, sees in enumerate(layout.frame_mask()[-1].tolist()) if sees} == seen
+
+
+def test_a_discriminator_is_told_the_timestep(inputs):
+    noisy, timestep, prompt, _ = (x.float() for x in inputs)
+    low = classify(toy_denoiser, ToyDiscriminator(), noisy, timestep, prompt)
+    features = toy_denoiser(noisy, timestep, prompt)[0].flatten(1).square().mean(dim=1, keepdim=True)
+    torch.testing.assert_close(low, features + timestep.mean(dim=1, keepdim=True) / 1000)

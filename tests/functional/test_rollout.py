@@ -29,6 +29,7 @@ from sftk.functional import (
     window_context,
 )
 from sftk.functional.predict import toy_denoiser
+from sftk.functional.schedule import timestep_to_sigma
 from sftk.models.rope import rotate
 
 CACHES: dict[str, dict[str, Any]] = {
@@ -366,6 +367,46 @@ def test_a_rollout_that_nothing_could_learn_from(option):
         SpecError, match=f"the last 1 frames hold no whole block of 2, so nothing carries gradient @ .*{option}"
     ):
         rollout(**{option: 1})
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "flags"),
+    [
+        (0, {"output_frames": 4}, [True] * 4),
+        (0, {"output_frames": 3}, [False, True, True]),
+        (0, {"output_frames": 4, "grad_frames": 2}, [False, False, True, True]),
+        (2, {"output_frames": 7}, [False, *[True] * 6]),
+        (2, {"output_frames": 50}, [False, False, *[True] * 6]),
+    ],
+)
+def test_only_frames_that_are_judged_carry_gradient(randn, given, options, flags):
+    initial = randn(1, given, 4, 2, 2) if given else None
+    plan = plan_rollout(Key(seed=0), randn(1, 6, 4, 2, 2), initial, steps=(1000,), frames_per_block=2, **options)
+    blocks, mask = plan[0], plan[4]
+    assert mask.tolist() == [flags]
+    assert [block.grad for block in blocks for _ in range(2)][-len(flags) :] == flags[-6:]
+    assert sum(block.grad for block in blocks) == sum(flags) // 2
+
+
+def test_steps_between_the_entries_of_a_table_are_read_with_the_tables_sigma():
+    """An unwarped list falls between the entries of a shifted table, where its sigma is another than the timestep's."""
+    options: dict[str, Any] = {"steps": (1000.0, 137.3, 71.9), "warp": False, "shift": 5.0, "last_step_only": True}
+    spy = Spy()
+    given = {"noise": torch.randn(1, 2, 4, 2, 2), "prompt_embeds": torch.zeros(1, 2, 8), "key": Key(seed=0)}
+    x0 = rollout(**options, schedule="table")(given, {"denoiser": spy})["x0"]
+
+    def read(call: SimpleNamespace) -> torch.Tensor:
+        sigma = timestep_to_sigma(torch.tensor([call.timestep]), "table", 5.0)
+        assert call.timestep == 1000 or (sigma - call.timestep / 1000).abs() > 5e-4
+        flow = toy_denoiser(call.latents, torch.full((1, 2), call.timestep), torch.zeros(1, 2, 8))[0]
+        return call.latents - sigma * flow
+
+    first, second, last = spy.calls
+    for before, after, index in ((first, second, 0), (second, last, 1)):
+        sigma = timestep_to_sigma(torch.tensor([after.timestep]), "table", 5.0)
+        noise = given["key"].normal(f"renoise_b0_s{index}", (2, 4, 2, 2))
+        same(after.latents, (1 - sigma) * read(before) + sigma * noise, rtol=0, atol=1e-6)
+    same(x0, read(last), rtol=0, atol=1e-6)
 
 
 def test_gradient_mask_counts_given_frames(randn):

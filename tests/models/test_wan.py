@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sftk.errors import ShapeError, SpecError
-from sftk.functional import KVCache, Layout, append
+from sftk.functional import KVCache, Layout, append, forget_text
 from sftk.functional.attention import available_backends
 from sftk.models import PRESETS, WanConfig, WanModel, preset
 from sftk.models.config import HEAD_DIM
@@ -293,3 +293,15 @@ def test_intervals_that_do_not_fit(model, make_model, inputs):
         model(*inputs, interval=inputs[1])
     with pytest.raises(ShapeError, match=r"interval must be of the timestep's shape \[2, 3\], found \[2\]"):
         make_model(interval_embedding=True)(*inputs, interval=inputs[1][:, 0])
+
+
+def test_a_prompt_may_change_when_the_cache_forgets_its_text(model, inputs):
+    latents, timestep, prompt = inputs
+    other = prompt + 1
+    with torch.no_grad():
+        cache = append(KVCache(), model(*inputs, cache=KVCache())[1], (0, 1, 2))
+        old, new = (model(latents, timestep, embeds, cache=cache)[0] for embeds in (prompt, other))
+        changed = model(latents, timestep, other, cache=forget_text(cache))[0]
+    assert torch.equal(old, new)
+    assert not torch.allclose(changed, old)
+    torch.testing.assert_close(changed, model(latents, timestep, other, cache=cache)[0])
