@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from sftk.core.extras import import_extra
 from sftk.errors import CheckpointError
+from sftk.models.config_files import CLASSES as BACKBONES
 from sftk.models.mapped import assign_weights, map_file, map_folder
 from sftk.models.text_keys import encoder_config, to_transformers
-from sftk.models.weight_folders import read_json
+from sftk.models.weight_folders import holds_config, read_json
 
 WAN_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 WAN_TOKENIZER = "google/umt5-xxl"
@@ -164,7 +165,7 @@ def _find_encoder(path: Path) -> Path:
     if path.is_file():
         return path
     for place in (path / "text_encoder", path / WAN_FILE, path):
-        if place.is_file() or (place / "config.json").is_file():
+        if place.is_file() or holds_config(place, BACKBONES):
             return place
     found = "is no folder" if not path.is_dir() else "holds none of them"
     raise CheckpointError(f"no text encoder at {path}, which {found}; expected text_encoder/config.json, or {WAN_FILE}")

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from sftk.core.extras import import_extra
 from sftk.errors import CheckpointError, ShapeError
+from sftk.models.config_files import CLASSES as BACKBONES
 from sftk.models.mapped import assign_weights, map_file, map_folder
 from sftk.models.vae_keys import to_diffusers, vae_config
 from sftk.models.vae_tiles import WHOLE, Tiles, join_tiles, split_tiles
-from sftk.models.weight_folders import read_json
+from sftk.models.weight_folders import holds_config, read_json
 
 WAN_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 Caches = tuple[Any, ...]
@@ -144,10 +145,9 @@ def find_vae(path: Path) -> Path:
     """
     if path.is_file():
         return path
-    # Wan's own folders hold a config.json, too: the backbone's.
     candidates = (path / "vae", *(path / name for name in WAN_FILES), path)
     for place in candidates:
-        if place.is_file() or (place / "config.json").is_file():
+        if place.is_file() or holds_config(place, BACKBONES):
             return place
     found = "is no folder" if not path.is_dir() else "holds none of them"
     raise CheckpointError(

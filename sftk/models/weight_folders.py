@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,23 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value
+
+
+def holds_config(folder: Path, others: Container[str]) -> bool:
+    """Whether a folder has a config.json that is not of one of the other classes (Wan's own folders hold the backbone's).
+
+    Raises:
+        CheckpointError: the file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "config.json").write_text('{"_class_name": "WanModel"}')
+        >>> holds_config(folder, ()), holds_config(folder, ("WanModel",))
+        (True, False)
+    """
+    file = folder / "config.json"
+    return file.is_file() and str(read_json(file).get("_class_name")) not in others
 
 
 def _one(folder: Path, files: list[Path], stem: str) -> Path | None:

@@ -185,8 +185,10 @@ def check_fit(own: Mapping[str, Tensor], stored: Mapping[str, Stored], path: Pat
     shown = {name: name if item.name == name else f"{name} (there {item.name})" for name, item in stored.items()}
     lines = [f"missing: {name} {list(own[name].shape)}" for name in own if name not in stored]
     lines += [f"unexpected: {shown[name]} {list(stored[name].shape)}" for name in stored if name not in own]
+    sharded = len({item.file for item in stored.values()}) > 1
     lines += [
-        f"shape of {shown[name]}: the file has {list(stored[name].shape)}, the model {list(own[name].shape)}"
+        f"shape of {shown[name]}: {stored[name].file.name if sharded else 'the file'} has {list(stored[name].shape)}, "
+        f"the model {list(own[name].shape)}"
         for name in own
         if name in stored and stored[name].shape != tuple(own[name].shape)
     ]

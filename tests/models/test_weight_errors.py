@@ -18,6 +18,8 @@ from torch import nn
 from sftk.errors import CheckpointError
 from sftk.models.formats import open_weights
 from sftk.models.mapped import map_file
+from sftk.models.text import load_text_encoder
+from sftk.models.vae import find_vae
 from sftk.models.weights import load_weights, read_config, read_tensors
 
 STEM = "diffusion_pytorch_model"
@@ -260,3 +262,21 @@ def test_other_modules_load_plain_files(tmp_path):
     load_weights(model, tmp_path / "linear.safetensors")
     assert model(torch.ones(1, 2)).item() == 2
     assert read_tensors(tmp_path / "linear.safetensors")["weight"].tolist() == [[1, 1]]
+
+
+def test_a_shard_of_another_model_is_named(make_wan, wan_folder, tmp_path):
+    folder = wan_folder(tmp_path / "wan", make_wan(), shards=2)
+    other = wan_folder(tmp_path / "other", make_wan(ffn_dim=16), shards=2)
+    second = f"{STEM}-00002-of-00002.safetensors"
+    (folder / second).write_bytes((other / second).read_bytes())
+    assert f"shape of blocks.1.ffn.0.weight: {second} has [16, 24], the model [32, 24]" in message(folder, make_wan())
+
+
+def test_a_backbones_folder_holds_no_vae_and_no_text_encoder(make_wan, wan_folder, tmp_path):
+    folder = wan_folder(tmp_path / "wan", make_wan())
+    with pytest.raises(CheckpointError, match=r"no VAE at .*wan, which holds none of them; .*Wan2.1_VAE.pth or Wan2.2_VAE.pth"):
+        find_vae(folder)
+    with pytest.raises(
+        CheckpointError, match=r"no text encoder at .*wan, which holds none of them; .*models_t5_umt5-xxl-enc-bf16"
+    ):
+        load_text_encoder(folder)
