@@ -86,6 +86,7 @@ class FunctionTransform(Transform):
         example: Any,
         check: Any,
         replay: bool = False,
+        whole: Callable[[Mapping[str, Any]], bool] | None = None,
     ):
         parameters = inspect.signature(fn).parameters
         positional = [p for p in parameters.values() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
@@ -100,7 +101,7 @@ class FunctionTransform(Transform):
         self.inputs = tuple(a for a in self.arguments if parameters[a].default is inspect.Parameter.empty)
         self.optional = tuple(a for a in self.arguments if a not in self.inputs)
         self.options = {p.name: p for p in parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        self.example, self.check, self.replay = example, check, replay
+        self.example, self.check, self.replay, self._whole = example, check, replay, whole
         hints = typing.get_type_hints(fn)
         self.tensors_only = all(hints.get(name) in (Tensor, Tensor | None) for name in self.arguments)
         self.__doc__ = fn.__doc__
@@ -118,6 +119,10 @@ class FunctionTransform(Transform):
     def complete(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options with defaults filled in."""
         return {name: options.get(name, parameter.default) for name, parameter in self.options.items()}
+
+    def needs_whole(self, options: Mapping[str, Any]) -> bool:
+        """Whether, with these options, it can use its models only where each process holds all of their weights."""
+        return self._whole is not None and self._whole(self.complete(options))
 
     def pack(self, result: Any) -> dict[str, Any]:
         """The function's result as a mapping of declared outputs."""
@@ -199,6 +204,7 @@ def transform(
     example: Callable[..., Mapping[str, Any]] | None = None,
     check: Callable[[Mapping[str, Any], int | None], Iterable[tuple[str, str]]] | None = None,
     replay: bool = False,
+    whole: Callable[[Mapping[str, Any]], bool] | None = None,
 ) -> Callable[[Callable[..., Any]], FunctionTransform]:
     """Makes a function a registered transform.
 
@@ -212,6 +218,8 @@ def transform(
         check: `check(options, frames)` yields (option, message) for values that fit their types but not one another, before
             anything runs; `frames` is the number of latent frames, or None when that is not known.
         replay: its backward pass may run later, from its inputs, see `sftk.core.replayed`.
+        whole: `whole(options)` says whether the models' weights must lie whole in every process: when they are differentiated
+            twice, say, which sharded ones cannot be.
 
     Raises:
         SpecError: the name is already registered, the signature has `*args`, `**kwargs` or positional-only arguments, a port is
@@ -229,7 +237,7 @@ def transform(
     outputs = (out,) if isinstance(out, str) else tuple(out)
 
     def decorate(fn: Callable[..., Any]) -> FunctionTransform:
-        made = FunctionTransform(fn, outputs, kind, tuple(models), example, check, replay)
+        made = FunctionTransform(fn, outputs, kind, tuple(models), example, check, replay, whole)
         registry.register(made.name, made)
         return made
 

@@ -21,7 +21,7 @@ def flow_tangent(
     """A model's prediction and its total derivative by sigma while the sample moves with `velocity`.
 
     `d/ds F(x_s, s) = velocity dF/dx + dF/ds` by `torch.func.jvp`, at some twice the cost of a forward pass, with `math`
-    attention and without gradient. The model must not be sharded: `torch.func` sees through no sharded parameters.
+    attention and without gradient.
 
     Args:
         denoiser: the model port.

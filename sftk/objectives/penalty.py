@@ -40,6 +40,7 @@ def _check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str
     models=("denoiser", "discriminator"),
     example=_penalty_example,
     check=_check,
+    whole=lambda options: options["weight"] > 0 and options["penalty"] == "exact",
 )
 def gradient_penalty(
     denoiser: Denoiser,
@@ -65,7 +66,7 @@ def gradient_penalty(
         key: draws the perturbation.
         weight: 0 makes no pass and gives a loss of 0.
         penalty: `finite_difference` classifies once more, at the latents plus sigma times noise; `exact` differentiates twice,
-            with `math` attention and without compilation.
+            with `math` attention and without compilation, and refuses models whose weights are sharded over processes.
         sigma: size of the perturbation.
         name: tells draws of one step apart.
 

@@ -1,0 +1,50 @@
+"""Which models a graph uses in ways that sharded weights do not allow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sftk.core.fold import Fold
+from sftk.core.graph import Graph
+from sftk.core.transform import FunctionTransform
+from sftk.errors import Problem
+from sftk.spec.arrangement import policies
+from sftk.spec.schema import Recipe
+
+
+def whole_roles(graph: Graph | Fold) -> dict[str, str]:
+    """Role to the transform in a graph that needs all of its weights in every process.
+
+    Example:
+        >>> import sftk
+        >>> whole_roles(Graph.from_spec("specs/discriminator.yaml", r1_weight=1.0, penalty="exact"))
+        {'fake_score': 'gradient_penalty', 'discriminator': 'gradient_penalty'}
+    """
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        roles = dict(node.roles)
+        if isinstance(node.op, Graph | Fold):
+            found |= {roles[port]: name for port, name in whole_roles(node.op).items()}
+        elif isinstance(node.op, FunctionTransform) and node.op.needs_whole(node.options):
+            found |= dict.fromkeys(roles.values(), node.op.name)
+    return found
+
+
+def whole_problems(recipe: Recipe, graphs: Mapping[str, Graph], shards: Mapping[str, int]) -> list[Problem]:
+    """Roles that would be sharded though a graph needs their weights whole.
+
+    Args:
+        recipe: one stage.
+        graphs: phase to graph.
+        shards: role to the ranks that hold one copy of it.
+    """
+    known, found = policies(recipe), []
+    for index, phase in enumerate(recipe.phases):
+        for port, name in (whole_roles(graphs[phase.name]) if phase.name in graphs else {}).items():
+            role = phase.models.get(port, port)
+            role = (recipe.models[role].ema_of if role in recipe.models else None) or role
+            if role in known and (shards.get(role, 1) > 1 or known[role].offload):
+                message = f"{name!r} differentiates {role!r} twice, which weights that are sharded or offloaded do not allow"
+                hint = f"set models.{role}.parallel: {{shard: 1, offload: false}}, or let the phase do without"
+                found.append(Problem(path=("phases", index, "graph"), message=message, hint=hint))
+    return found
