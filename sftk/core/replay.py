@@ -89,15 +89,18 @@ class Tape:
         """Takes the gradients that arrived at the leaves on into the models, and empties the tape.
 
         Args:
-            before_last: is called before the last backward pass, where ranks begin to share gradients.
+            before_last: is called before the last backward pass, where ranks begin to share gradients; where steps hand
+                gradients on to earlier ones, before the first one that may be the last.
 
         Raises:
             RuntimeError: of a step's backward pass; the tape is empty then, too.
         """
         records, self._records = self._records, []
+        told = before_last is None
         while records:
             record = records.pop()
-            if not records and before_last is not None:
+            if not told and not any(earlier.gradients for earlier in records):
+                told = True
                 before_last()
             record.pull_back()
 

@@ -66,7 +66,6 @@ class TrainingStep:
         graph, recipe, built = self.built.graphs[phase.name], self.recipe, self.built
         for role, module in built.modules.items():
             module.requires_grad_(role in phase.roles)
-        syncs = [built.syncs[role] for role in phase.roles]
         models = {port: built.ports[phase.models.get(port, port)] for port in graph.ports}
         total, weights = None, None
         logged: dict[str, list[Tensor]] = {key: [] for key in phase.log}
@@ -76,10 +75,7 @@ class TrainingStep:
             self.recent.setdefault((step, phase.name), []).append(values)
             out = from_state(graph(to_state(values, like=TensorDict()), models))
             loss, weight = out[phase.loss], out[f"{phase.loss}_weight"]
-            for sync in syncs:
-                sync.before_backward(last=micro + 1 == self.accumulation)
-            loss.backward()
-            self.built.tapes[phase.name].pull_back()
+            self._backward(phase, loss, last=micro + 1 == self.accumulation)
             total = loss.detach() if total is None else total + loss.detach()
             weights = weight if weights is None else weights + weight
             for key, found in logged.items():
@@ -87,8 +83,8 @@ class TrainingStep:
                 found.append(value.to(torch.promote_types(value.dtype, torch.float32)).mean())
             kept = {key: value for key, value in out.items() if key in graph.outputs}
             outputs[phase.name].append({key: v.detach() if isinstance(v, Tensor) else v for key, v in kept.items()})
-        for sync in syncs:
-            sync.finish()
+        for role in phase.roles:
+            built.syncs[role].finish()
         assert total is not None and weights is not None
         means = {key: torch.stack(found).mean() for key, found in logged.items()}
         total, weights, means = self._over_ranks(total, weights, means)
@@ -103,6 +99,19 @@ class TrainingStep:
         for role in recipe.optimizers:  # what is never trained may stay gathered
             built.syncs[role].rest()
         return metrics | {f"{phase.name}/{key}": value for key, value in means.items()}
+
+    def _backward(self, phase: PhaseSection, loss: Tensor, *, last: bool) -> None:
+        """The loss's backward pass, then those of replayed steps; ranks share gradients in the last of each."""
+        syncs = [self.built.syncs[role] for role in phase.roles]
+
+        def share(now: bool) -> None:
+            for sync in syncs:
+                sync.before_backward(last=now)
+
+        share(last)
+        loss.backward()
+        share(False)
+        self.built.tapes[phase.name].pull_back(lambda: share(last))
 
     def _over_ranks(self, total: Tensor, weights: Tensor, means: Metrics) -> tuple[Tensor, Tensor, Metrics]:
         """Loss and weight summed over all samples, metrics averaged, in one collective."""

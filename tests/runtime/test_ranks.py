@@ -26,6 +26,7 @@ POLICIES = {
         "models.generator.checkpoint=full",
         "models.real_score.parallel={shard: 1, offload: true}",
     ),
+    "replay": ("phases.generator.backward=replay", "parallel.shard=2"),
     "whole": ("batch.per_rank=null",),
     "sequence_2": ("parallel.sequence=2",),
     "sequence_4": ("parallel.sequence=4", "parallel.shard=2", "models.generator.checkpoint=full"),
@@ -110,7 +111,7 @@ def assert_drawn_once(folder, name, ranks):
 
 def test_two_ranks_equal_one(tiny, launch):
     common = ("precision=fp64", *BATCH, "batch.global=4", "latents.frames=3", "ema.generator.start=1")
-    jobs = {name: (tiny(), (*common, *POLICIES[name]), 2) for name in ("fsdp", "ddp", "mixed")}
+    jobs = {name: (tiny(), (*common, *POLICIES[name]), 2) for name in ("fsdp", "mixed", "replay")}
     folder = launch(2, jobs)
     one = torch.load(launch(1, {"one": jobs["fsdp"]}) / "one.pt")
     for name in jobs:
