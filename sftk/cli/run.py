@@ -8,13 +8,12 @@ from pathlib import Path
 import attrs
 import click
 
-from sftk.errors import SpecError
 from sftk.runtime.evaluators import evaluation_problems
 from sftk.runtime.launch import Launch, launch, processes
 from sftk.runtime.run import run_recipe
 from sftk.runtime.rundir import RunDir, open_run
 from sftk.runtime.study import run_study
-from sftk.spec.arrangement import arrange_ranks
+from sftk.spec.rank_checks import check_ranks
 from sftk.spec.recipe import find_document, is_study, load_recipe
 
 
@@ -91,10 +90,7 @@ def run(
 def _launch(recipe: str, overrides: tuple[str, ...], run_dir: Path | None, flags: list[str], options: Launch) -> int:
     """Checks the recipe once, for these ranks, and starts the processes."""
     for stage in load_recipe(recipe, overrides, check=evaluation_problems):
-        try:
-            arrange_ranks(stage.recipe, options.ranks, options.nproc)
-        except SpecError as error:
-            raise SpecError([stage.document.locate(problem) for problem in error.problems]) from error
+        check_ranks(stage, options.ranks, options.nproc)
     if options.nnodes == 1:
         run = open_run(Path(recipe).stem, run_dir, "--resume" in flags)
     else:

@@ -96,12 +96,11 @@ class Tape:
             RuntimeError: of a step's backward pass; the tape is empty then, too.
         """
         records, self._records = self._records, []
-        told = before_last is None
         while records:
             record = records.pop()
-            if not told and not any(earlier.gradients for earlier in records):
-                told = True
+            if before_last is not None and not any(earlier.gradients for earlier in records):
                 before_last()
+                before_last = None
             record.pull_back()
 
     def clear(self) -> None:

@@ -33,6 +33,7 @@ from sftk.runtime.tracking import JsonlTracker, MultiTracker, TensorBoardTracker
 from sftk.runtime.world import World, joined, redirect_output, restarts
 from sftk.spec.convert import unstructure
 from sftk.spec.dump import dump_yaml
+from sftk.spec.rank_checks import check_ranks
 from sftk.spec.recipe import FROM_PYTHON, Stage, load_recipe
 
 
@@ -74,6 +75,8 @@ def run_recipe(
     name = FROM_PYTHON if isinstance(recipe, Mapping) else Path(str(recipe)).stem
     first = stages[0].recipe
     with joined(first.device, first.parallel.timeout) as world, ExitStack() as held:
+        for stage in stages:
+            check_ranks(stage, world.size, world.node)
         resume = resume or max(world.gather(restarts())) > 0
 
         def open_folder() -> RunDir:

@@ -1,4 +1,4 @@
-"""Which models a graph uses in ways that sharded weights do not allow."""
+"""What of a recipe does not go with a number of ranks: how they divide, and graphs that need whole weights."""
 
 from __future__ import annotations
 
@@ -7,9 +7,36 @@ from collections.abc import Mapping
 from sftk.core.fold import Fold
 from sftk.core.graph import Graph
 from sftk.core.transform import FunctionTransform
-from sftk.errors import Problem
-from sftk.spec.arrangement import policies
+from sftk.errors import Problem, SpecError
+from sftk.spec.arrangement import Arrangement, arrange_ranks, policies
+from sftk.spec.recipe import Stage
 from sftk.spec.schema import Recipe
+
+
+def check_ranks(stage: Stage, ranks: int, node: int) -> Arrangement:
+    """Arranges ranks as a stage's recipe says.
+
+    Args:
+        stage: from `load_recipe`.
+        ranks: of the run.
+        node: of them on each node.
+
+    Raises:
+        SpecError: they do not divide so, or a graph needs weights whole that would be sharded; every reason, with its place.
+
+    Example:
+        >>> from sftk.spec.recipe import load_recipe
+        >>> check_ranks(load_recipe("recipes/dmd.yaml")[0], ranks=4, node=4).per_rank
+        4
+    """
+    try:
+        found = arrange_ranks(stage.recipe, ranks, node)
+        problems = whole_problems(stage.recipe, stage.graphs, found.shards)
+        if problems:
+            raise SpecError(problems)
+    except SpecError as error:
+        raise SpecError([stage.document.locate(problem) for problem in error.problems]) from error
+    return found
 
 
 def whole_roles(graph: Graph | Fold) -> dict[str, str]:
