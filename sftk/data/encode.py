@@ -109,7 +109,7 @@ def encode_folder(
                     clips += len(latents)
                 except SftkError as error:
                     if not skip_bad:
-                        raise
+                        raise DataError(f"{error}; mend or remove it, or leave such videos out with --skip-bad") from error
                     bad.append(str(error))
             report(number + 1, len(videos))
     return Encoded(clips=clips, there=there, bad=tuple(bad))

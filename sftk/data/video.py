@@ -82,7 +82,8 @@ def sample_pictures(path: Path, fps: float | None = None) -> Iterator[np.ndarray
                 raise DataError(f"{path} has no video in it")
             yield from _sample(container, container.streams.video[0], fps, path)
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise DataError(f"cannot decode the video {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot decode the video {path}: {reason}") from error
 
 
 def _sample(container: Any, stream: Any, fps: float | None, path: Path) -> Iterator[np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from sftk.data.image_captions import load_image, read_items
 from sftk.data.lmdb_layout import is_environment, read_about
 from sftk.data.lmdb_store import LatentStore
 from sftk.data.prompts import read_prompts
+from sftk.data.video import SUFFIXES
+from sftk.errors import DataError
 from sftk.runtime.media import contact_sheet
+from sftk.spec.dump import dump_yaml
 
 _THUMBNAIL = 160
 
@@ -52,6 +56,10 @@ def inspect_data(path: Path, sheet: Path, *, codec: Choice | None = None, rows: 
         return Inspection(lines=lines)
     if is_environment(path) and read_about(path).get("kind") == KIND:
         return _embeddings(EmbeddingStore.open(path), rows)
+    if not is_environment(path) and not any(is_environment(folder) for folder in path.iterdir()):
+        videos = any(file.suffix.lower() in SUFFIXES for file in path.rglob("*"))
+        hint = "it holds videos, which `sftk data encode` makes a store of" if videos else "name the folder of one of these"
+        raise DataError(f"{path} is no store, no prompt file and no folder of captioned images; {hint}")
     return _store(LatentStore.open(path, skip_bad=skip_bad), sheet, codec, rows)
 
 
@@ -73,7 +81,7 @@ def _embeddings(store: EmbeddingStore, rows: int) -> Inspection:
         lines=(
             f"{store.path}: {len(prompts)} prompt embeddings of up to {store.shape[0]} x {store.shape[1]}, {store.format}, "
             f"{mean:.1f} rows on average, {size / 1e6:.1f} MB",
-            *(f"{key}: {value}" for key, value in about.items()),
+            *_facts(about),
             *_some(sorted(prompts), rows),
         )
     )
@@ -92,7 +100,7 @@ def _store(store: LatentStore, sheet: Path, codec: Choice | None, rows: int) -> 
         f"{store.path}: {len(store)} records in {places}, {size / 1e6:.1f} MB",
         f"latents {clip} (frames, channels, height, width){states}; of those shown: mean {values.mean():.3f}, "
         f"standard deviation {values.std():.3f}, from {values.min():.2f} to {values.max():.2f}",
-        *(f"{key}: {value}" for key, value in about.items()),
+        *_facts(about),
         *(f"  {index}: {prompt}" for index, (_, prompt) in zip(picked, records, strict=True)),
     ]
     chosen = codec or about.get("codec")
@@ -120,5 +128,10 @@ def _spread(count: int, rows: int) -> list[int]:
     return torch.linspace(0, count - 1, min(count, rows)).round().int().tolist()
 
 
+def _facts(about: Mapping[str, Any]) -> list[str]:
+    """What a store was made of, as YAML."""
+    return dump_yaml(dict(about)).splitlines() if about else []
+
+
 def _some(texts: Any, rows: int) -> list[str]:
-    return [f"  {index}: {texts[index]}" for index in _spread(len(texts), rows)]
+    return [f"  {index}: {texts[index] or '(empty)'}" for index in _spread(len(texts), rows)]

@@ -72,13 +72,18 @@ def test_encode_lists_what_it_leaves_out(tmp_path):
     line = ("data", "encode", tmp_path / "videos", tmp_path / "out", "--codec", codec, "--frames", 21, "--size", "32x48")
     result = invoke(*line)
     assert result.exit_code == 1
-    assert re.search(r"error: cannot decode the video .*broken.mp4", result.output)
+    assert re.search(
+        r"error: cannot decode the video .*broken.mp4: Invalid data[^;]*; .* with --skip-bad$", result.output.strip()
+    )
+    assert "it holds videos, which `sftk data encode`" in invoke("data", "inspect", tmp_path / "videos").output
     result = invoke(*line, "--skip-bad")
     assert result.exit_code == 0, result.output
     assert re.search(r"left out: cannot decode the video .*broken.mp4", result.output)
     assert re.search(r"left out: .*short.mp4 has 3 frames, expected at least 21", result.output)
     assert "1 clips written, 0 videos were there already, 2 left out" in result.output
     assert LatentStore.open(tmp_path / "out").shape == (1, 21, 192, 4, 6)
+    shown = invoke("data", "inspect", tmp_path / "out").output
+    assert "every_clip: false\nfps: null\nframes: 21\n" in shown
 
 
 @pytest.mark.parametrize(
@@ -118,7 +123,10 @@ def test_inspect_pairs_prompts_and_images(tmp_path, monkeypatch):
 
 
 def test_inspect_errors(tmp_path):
-    for name, message in (("none", "no such file or folder"), (".", "holds no LMDB")):
+    for name, message in (
+        ("none", "no such file or folder"),
+        (".", "is no store, no prompt file and no folder of captioned images"),
+    ):
         result = invoke("data", "inspect", tmp_path / name)
         assert result.exit_code == 1
         assert message in result.output
