@@ -75,8 +75,8 @@ def train(tmp_path):
     """`train(recipe, *overrides, to="run", resume=False)`: a run in this process; returns its folder's `RunDir`."""
     from sftk.runtime.run import run_recipe
 
-    def run(recipe, *overrides, to="run", resume=False):
-        return run_recipe(recipe, overrides, run_dir=tmp_path / to, resume=resume, console=Console(file=io.StringIO()))
+    def run(recipe, *overrides, to="run", **options):
+        return run_recipe(recipe, overrides, run_dir=tmp_path / to, console=Console(file=io.StringIO()), **options)
 
     return run
 

@@ -99,7 +99,7 @@ def test_seconds_of_all_attempts(tiny, train):
 def test_fewer_steps_than_were_made(tiny, train):
     train(tiny())
     with pytest.raises(SftkError, match=r"has made 4 steps, train.steps says 3; give at least 4"):
-        train(tiny(), "train.steps=3", resume=True)
+        train(tiny(), "train.steps=3", resume=True, allow_changes=True)
 
 
 def test_a_resumed_run_goes_on_in_the_same_run_of_wandb(tiny, train, monkeypatch):
