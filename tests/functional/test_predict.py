@@ -135,3 +135,17 @@ def test_a_discriminator_is_told_the_timestep(inputs):
     low = classify(toy_denoiser, ToyDiscriminator(), noisy, timestep, prompt)
     features = toy_denoiser(noisy, timestep, prompt)[0].flatten(1).square().mean(dim=1, keepdim=True)
     torch.testing.assert_close(low, features + timestep.mean(dim=1, keepdim=True) / 1000)
+
+
+def test_a_discriminator_gets_the_hidden_states_that_it_names(model, inputs):
+    class Last:
+        features_at = (-1, 0)
+
+        def __call__(self, features, timestep):
+            return torch.stack([x.flatten(1).sum(dim=1) for x in features], dim=1)
+
+    noisy, timestep, prompt, _ = inputs
+    states = model(noisy, timestep, prompt, features_at=(0, 1))[2]
+    expected = torch.stack([states[i].flatten(1).sum(dim=1) for i in (1, 0)], dim=1)
+    torch.testing.assert_close(classify(model, Last(), noisy, timestep, prompt), expected)
+    assert not torch.allclose(expected[:, 0], expected[:, 1])
