@@ -10,6 +10,7 @@ import click
 import torch
 
 import sftk
+from sftk.cli.bench import bench
 from sftk.cli.check import check
 from sftk.cli.data import data
 from sftk.cli.doctor import doctor
@@ -82,5 +83,5 @@ def main() -> None:
     """Distil a video diffusion teacher into a fast, causal, streaming student."""
 
 
-for command in (run, check, show, sample, export, data, fetch, plan, doctor):
+for command in (run, check, show, sample, export, data, fetch, plan, bench, doctor):
     main.add_command(command)

@@ -23,6 +23,8 @@ from sftk.models.vae_tiles import WHOLE, Tiles, join_tiles, split_tiles
 from sftk.models.weight_folders import holds_config, read_json
 
 WAN_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
+TEMPORAL_FACTOR = 4
+"""Pictures of a latent frame after the first, in both published VAEs; a loaded one says it itself."""
 Caches = tuple[Any, ...]
 """What the decoder's causal convolutions keep of one tile: tensors, or a mark of a convolution that has not begun."""
 

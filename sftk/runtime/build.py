@@ -93,7 +93,7 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder, mesh:
         CheckpointError: weights do not fit.
     """
     recipe, mesh = stage.recipe, mesh or Mesh.single(device)
-    compiled = device.type == "cuda" if recipe.compile == "auto" else recipe.compile
+    compiled = compiles(recipe, device)
     updated = {role for phase in recipe.phases for role in phase.roles}
     modules: dict[str, nn.Module] = {}
     for role, section in recipe.models.items():
@@ -199,6 +199,17 @@ def _share(module: nn.Module, mesh: Mesh) -> nn.Module:
 
 def _on_meta(module: nn.Module) -> bool:
     return next(module.parameters()).is_meta
+
+
+def compiles(recipe: Recipe, device: torch.device) -> bool:
+    """Whether a recipe's blocks and segments are compiled on a device; `auto` does so on CUDA.
+
+    Example:
+        >>> from sftk.spec.recipe import load_recipe
+        >>> compiles(load_recipe("recipes/dmd.yaml")[0].recipe, torch.device("cpu"))
+        False
+    """
+    return device.type == "cuda" if recipe.compile == "auto" else recipe.compile
 
 
 def construct(recipe: Recipe, role: str) -> nn.Module:

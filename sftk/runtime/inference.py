@@ -91,17 +91,17 @@ def load_student(
     if weights is not None and path.suffix in (".yaml", ".yml"):
         last = load_recipe(path)[-1]
         document, recipe = last.document, last.recipe
-        sampling, evaluated = _sampling(document, recipe)
+        sampling, evaluated = recipe_sampling(document, recipe)
     else:
         recipe_file = _recipe_above(path)
         if recipe_file is None:
             raise CheckpointError(f"{path} does not lie in a run's folder (no recipe.yaml above it)")
         stage, document, recipe = _last_stage(recipe_file)
         load_plugins(recipe, document, recipe_file)
-        sampling, evaluated = _sampling(document, recipe)
+        sampling, evaluated = recipe_sampling(document, recipe)
         if weights is None:
             weights = path if path.is_file() else _weights(path, recipe_file.parent, stage, role or evaluated, recipe)
-    config = _config_of(weights, recipe, role or evaluated or _student(recipe))
+    config = _config_of(weights, recipe, role or evaluated or student_role(recipe))
     model = build_model(config, weights=weights, seed=0, dtype="fp32", backend="auto", device=device).requires_grad_(False)
     latents = recipe.latents
     return Student(
@@ -133,11 +133,11 @@ def find_weights(path: Path, *, role: str | None = None, average: bool = True) -
         return path
     stage, document, recipe = _last_stage(recipe_file)
     load_plugins(recipe, document, recipe_file)
-    _, evaluated = _sampling(document, recipe)
+    _, evaluated = recipe_sampling(document, recipe)
     return _weights(path, recipe_file.parent, stage, role or evaluated, recipe, average)
 
 
-def _student(recipe: Recipe) -> str:
+def student_role(recipe: Recipe) -> str:
     updated = [role for phase in recipe.phases for role in phase.roles]
     return "generator" if "generator" in updated else updated[0]
 
@@ -168,7 +168,7 @@ def _last_stage(file: Path) -> tuple[str, Document, Recipe]:
     return name, document, structure(document, Recipe)
 
 
-def _sampling(document: Document, recipe: Recipe) -> tuple[AnyStudentSampling, str | None]:
+def recipe_sampling(document: Document, recipe: Recipe) -> tuple[AnyStudentSampling, str | None]:
     """How the run's student samples: as it was evaluated, else as the phases' rollouts are bound."""
     if recipe.eval is not None:
         options = evaluation_options(document, recipe)
@@ -196,7 +196,7 @@ def _weights(path: Path, run: Path, stage: str, role: str | None, recipe: Recipe
     if folder is None:
         raise CheckpointError(f"{path} holds no complete checkpoint yet")
     files = {name: file for name, file in checkpoint_files(folder).items() if not name.endswith(OPTIMIZER)}
-    role = role or _student(recipe)
+    role = role or student_role(recipe)
     for name in (f"{role}{AVERAGE}", role) if average else (role,):
         if name in files:
             return files[name]

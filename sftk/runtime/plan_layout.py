@@ -139,10 +139,8 @@ def _phase(
     sending = sum(
         size / ((device.link if ranks <= node else NETWORK) * 1e9) for size, ranks in ((sent, gpus), (exchanged, sequence))
     )
-    forward = device.flash if flash else device.attention
-    backward = device.flash_backward if flash else device.attention_backward
-    compute = work.gemm / device.gemm + work.attention / forward + work.attention_backward / backward
-    busy = accumulation * (slower * compute / 1e12 + work.moved / (device.bandwidth * 1e12))
+    compute = device.matrix_seconds(work.gemm, work.attention, work.attention_backward, flash=flash)
+    busy = accumulation * (slower * compute + work.moved / (device.bandwidth * 1e12))
     held = 1.0 if accumulation > 1 else 0.0  # gradients of earlier micro-batches are there from the start
     activations = phase.peak(0.0)
     most = max(phase.peak(1 / shards), held * (activations + gradients / shards))
@@ -170,7 +168,7 @@ def communication(phase: PhasePass, measured: StagePass, gpus: int, shards: int,
     the shards by each micro-batch, as FSDP2 does without accumulation in full).
 
     Example:
-        >>> from sftk.runtime.plan_pass import RoleSize
+        >>> from sftk.runtime.plan_models import RoleSize
         >>> size = RoleSize(parameters=8, bytes_each=4, block_bytes=32)
         >>> phase = PhasePass(name="p", every=1, roles=("m",), calls={"m": 2.0})
         >>> communication(phase, StagePass(roles={"m": size}, phases=(phase,)), gpus=2, shards=2, accumulation=1)

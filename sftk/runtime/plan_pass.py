@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from sftk.data.builtins import ready_made
-from sftk.functional.keys import Key
+from sftk.functional.exit_key import ExitKey
 from sftk.models.branch import ClassifierBranch
-from sftk.models.weights import DTYPES
-from sftk.runtime.build import construct, training_graph
-from sftk.runtime.parallelize import parallelize
-from sftk.runtime.plan_blocks import Active, measure_blocks
-from sftk.runtime.plan_trace import HalfPrecision, Trace, Work
+from sftk.runtime.build import training_graph
+from sftk.runtime.plan_models import MetaStage, RoleSize, meta_stage
+from sftk.runtime.plan_trace import Work
 from sftk.runtime.port import make_port
-from sftk.runtime.sequence import SequenceGroup, share_sequence
-from sftk.runtime.shapes import meta_batch
 from sftk.spec.recipe import Stage
-from sftk.spec.schema import Recipe
-
-
-@attrs.frozen(kw_only=True)
-class RoleSize:
-    """A role's weights: how many, bytes of each, bytes of its largest block (or of all, without blocks)."""
-
-    parameters: int
-    bytes_each: int
-    block_bytes: int
+from sftk.spec.schema import PhaseSection
 
 
 @attrs.define(kw_only=True)
@@ -41,7 +26,7 @@ class PhasePass:
     Args:
         name, every, roles: of the phase.
         peaks: bytes of gradients to the most other bytes alive with them, weights and optimiser apart; over all exit steps.
-        work: the mean.
+        work: the mean. exits: of each exit step; one where none is drawn.
         calls: role to how often it is called, forward and backward passes counted each; the mean.
         caches: most bytes that a call was given as cached keys and values.
     """
@@ -51,6 +36,7 @@ class PhasePass:
     roles: tuple[str, ...]
     peaks: dict[int, int] = attrs.field(factory=dict)
     work: Work = attrs.field(factory=Work)
+    exits: list[Work] = attrs.field(factory=list)
     calls: dict[str, float] = attrs.field(factory=dict)
     caches: int = 0
 
@@ -67,24 +53,12 @@ class StagePass:
     phases: tuple[PhasePass, ...]
 
 
-class ExitKey(Key):
-    """A key whose draws named `exit` give `exit_index`, and all others the largest number."""
-
-    exit_index = 0
-    exits = 1
-
-    def integers(self, name: str, low: int, high: int, count: int) -> tuple[int, ...]:
-        if name != "exit":
-            return (high - 1,) * count
-        type(self).exits = high - low
-        return (low + min(type(self).exit_index, high - low - 1),) * count
-
-
-def pass_stage(stage: Stage) -> StagePass:
+def pass_stage(stage: Stage, meta: MetaStage | None = None, phases: Sequence[PhaseSection] | None = None) -> StagePass:
     """Runs a stage's phases on meta tensors, each once for every exit step.
 
     Args:
         stage: from `load_recipe`.
+        meta: its models, where they are there already. phases: which ones; None is all.
 
     Example:
         >>> from sftk.spec.recipe import load_recipe
@@ -93,49 +67,14 @@ def pass_stage(stage: Stage) -> StagePass:
         >>> phase.name, phase.calls
         ('df', {'denoiser': 2.0})
     """
-    recipe, device = stage.recipe, torch.device("meta")
-    active = Active(Trace())
-    half = HalfPrecision(torch.bfloat16, lambda: active.trace) if recipe.precision == "bf16" else None
-    models: dict[str, nn.Module] = {}
-    sizes: dict[str, RoleSize] = {}
-    for role, section in recipe.models.items():
-        if section.ready_made:
-            models[role] = ready_made(section.builtin, section.codec, device)
-            continue
-        with device:
-            model = construct(recipe, section.ema_of or role).to(DTYPES[section.dtype])
-        if section.ema_of is None:
-            sizes[role] = _size(model)
-        if half is not None:
-            for block in getattr(model, "blocks", ()):
-                half.around(block)
-        share_sequence(model, SequenceGroup(name="", rank=0, degree=recipe.parallel.sequence))
-        measure_blocks(parallelize(model, checkpoint=section.checkpoint), active)
-        models[role] = model
+    meta, phases = meta or meta_stage(stage), stage.recipe.phases if phases is None else phases
     outputs: dict[str, dict[str, Any]] = {}
-    batch = meta_batch(stage)
-    phases = tuple(_pass_phase(stage, index, models, active, half, batch, outputs) for index in range(len(recipe.phases)))
-    return StagePass(roles=sizes, phases=phases)
+    return StagePass(roles=meta.sizes, phases=tuple(_pass_phase(meta, phase, outputs) for phase in phases))
 
 
-def _size(model: nn.Module) -> RoleSize:
-    parameters = list(model.parameters())
-    blocks = getattr(model, "blocks", None) or [model]
-    block = max(sum(p.numel() * p.element_size() for p in b.parameters()) for b in blocks)
-    return RoleSize(parameters=sum(p.numel() for p in parameters), bytes_each=parameters[0].element_size(), block_bytes=block)
-
-
-def _pass_phase(
-    stage: Stage,
-    index: int,
-    models: dict[str, nn.Module],
-    active: Active,
-    half: HalfPrecision | None,
-    batch: dict[str, Any],
-    outputs: dict[str, dict[str, Any]],
-) -> PhasePass:
-    recipe, phase = stage.recipe, stage.recipe.phases[index]
-    graph, tape = training_graph(phase, stage.graphs[phase.name])
+def _pass_phase(meta: MetaStage, phase: PhaseSection, outputs: dict[str, dict[str, Any]]) -> PhasePass:
+    recipe, batch, models = meta.stage.recipe, meta.batch, meta.models
+    graph, tape = training_graph(phase, meta.stage.graphs[phase.name])
     found = PhasePass(name=phase.name, every=phase.every, roles=phase.roles)
     for role, module in models.items():
         module.requires_grad_(role in phase.roles)
@@ -143,54 +82,49 @@ def _pass_phase(
     for name, origin in phase.in_.items():
         producer, dot, output = origin.partition(".")
         values[name] = outputs[producer][output] if dot else batch[origin]
-    exit_index, exits = 0, 1
-    while exit_index < exits:  # the first turn finds out how many there are
-        ExitKey.exit_index, ExitKey.exits = exit_index, 1
-        active.trace = trace = Trace()
-        values["key"] = ExitKey(seed=recipe.seed, phase=phase.name, samples=batch["key"].samples)
+    roles = {port: phase.models.get(port, port) for port in graph.ports}
+    exits = 1
+    while len(found.exits) < exits:  # the first turn finds out how many there are
+        key = ExitKey(seed=recipe.seed, phase=phase.name, samples=batch["key"].samples, exit_index=len(found.exits))
+        values["key"] = key
         calls: dict[str, float] = {}
-        roles = {port: phase.models.get(port, port) for port in graph.ports}
         ports = {
-            port: models[role]
-            if recipe.models[role].codec is not None
-            else _CountedPort(models, role, recipe, active, calls, found)
+            port: models[role] if recipe.models[role].codec is not None else CountedPort(meta, role, calls, found)
             for port, role in roles.items()
         }
-        with trace, half or nullcontext():
+        with meta.traced() as trace:
             for tensor in values.values():
                 if isinstance(tensor, Tensor):
                     trace.track(tensor)
             out = graph.run(values, ports)
             out[phase.loss].backward()
+            once = trace.work.attention - trace.work.attention_again
             tape.pull_back()
+            trace.work.attention_again = trace.work.attention - once  # replay calls again what ran without a graph
         outputs[phase.name] = {key: v.detach() if isinstance(v, Tensor) else v for key, v in out.items()}
-        exits = ExitKey.exits
+        exits = max(key.choices, default=1)
         for gradients, alive in trace.peaks.items():
             found.peaks[gradients] = max(found.peaks.get(gradients, 0), alive)
-        found.work.add(trace.work, 1 / exits)
+        found.exits.append(trace.work)
         for role, count in calls.items():
             found.calls[role] = found.calls.get(role, 0.0) + count / exits
         del out
-        exit_index += 1
+    for work in found.exits:
+        found.work.add(work, 1 / exits)
     return found
 
 
-class _CountedPort:
-    """A port that opens the trace's copies of weights for a call, and counts calls: with gradient, a backward pass, too."""
+class CountedPort:
+    """A port that opens the trace's copies of weights for a call, and counts calls: with gradient, a backward pass, too.
 
-    def __init__(
-        self,
-        models: dict[str, nn.Module],
-        role: str,
-        recipe: Recipe,
-        active: Active,
-        calls: dict[str, float],
-        found: PhasePass,
-    ):
-        self.role, self.active, self.calls, self.found = role, active, calls, found
-        module = models[role]
-        plain = recipe.models[role].ready_made
-        self.port = module if plain else make_port(module, None)
+    Args:
+        meta: the models. role: which of them. calls: role to count. found: notes the most bytes of a call's cache.
+    """
+
+    def __init__(self, meta: MetaStage, role: str, calls: dict[str, float], found: PhasePass):
+        self.role, self.active, self.calls, self.found = role, meta.active, calls, found
+        module = meta.models[role]
+        self.port = module if meta.stage.recipe.models[role].ready_made else make_port(module, None)
         self.trains = any(p.requires_grad for p in module.parameters())
         if isinstance(module, ClassifierBranch):
             self.features_at = module.features_at

@@ -31,6 +31,20 @@ class Gpu:
     link: float
     source: str
 
+    def matrix_seconds(self, gemm: float, attention: float, attention_backward: float, *, flash: bool) -> float:
+        """Seconds of matrix products and attention in bf16, from operations of each.
+
+        Args:
+            flash: attention through FlashAttention, else through PyTorch.
+
+        Example:
+            >>> gpu("h100").matrix_seconds(680e12, 650e12, 0.0, flash=True)
+            2.0
+        """
+        forward = self.flash if flash else self.attention
+        backward = self.flash_backward if flash else self.attention_backward
+        return (gemm / self.gemm + attention / forward + attention_backward / backward) / 1e12
+
 
 NETWORK = 50.0
 """GB/s of a GPU to other nodes, each way: one 400 Gbit/s port for each GPU."""
@@ -73,3 +87,14 @@ def gpu(name: str) -> Gpu:
     if name not in GPUS:
         raise SpecError(f"unknown GPU {name!r}; {did_you_mean(name, GPUS) or 'expected one of ' + ', '.join(GPUS)}")
     return GPUS[name]
+
+
+def known_gpu(device_name: str) -> str | None:
+    """Which of `GPUS` a device is, by the name that it gives itself.
+
+    Example:
+        >>> known_gpu("NVIDIA H100 80GB HBM3"), known_gpu("cpu (2 threads)")
+        ('h100', None)
+    """
+    words = device_name.lower().replace("-", " ").split()
+    return next((name for name in GPUS if name in words), None)

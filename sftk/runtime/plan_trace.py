@@ -25,7 +25,8 @@ class Work:
 
     Args:
         gemm: floating-point operations of matrix products and convolutions.
-        attention, attention_backward: of attention.
+        attention, attention_backward: of attention. attention_again: the part of `attention` that a backward pass computed
+            again for an activation checkpoint.
         moved: bytes that all other operations read and write, each tensor once an operation.
         sent: bytes that go to other ranks, which share the pass's tokens.
     """
@@ -33,6 +34,7 @@ class Work:
     gemm: float = 0.0
     attention: float = 0.0
     attention_backward: float = 0.0
+    attention_again: float = 0.0
     moved: float = 0.0
     sent: float = 0.0
 
@@ -86,7 +88,10 @@ class Trace(TorchDispatchMode):
         made = [self.track(t) for t in results]
         name = func._schema.name
         if name == FORWARD_OP:
-            self.work.attention += attention_flops(name, args)
+            count = attention_flops(name, args)
+            self.work.attention += count
+            # Inside a backward pass, only a checkpoint runs forward kernels; its own machinery asks the same way.
+            self.work.attention_again += count if torch._C._current_graph_task_id() != -1 else 0
         elif name == BACKWARD_OP:
             self.work.attention_backward += attention_flops(name, args)
         elif func._overloadpacket in flop_registry:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,10 +27,11 @@ class TrainingStep:
         recipe: phases, batch and learning rates.
         built: models, optimisers, averages and graphs; the step changes them.
         batches: endless micro-batches of the data.
+        make_key: makes the keys of draws; a benchmark chooses exit steps with it.
     """
 
-    def __init__(self, recipe: Recipe, built: Built, batches: Iterator[Mapping[str, Any]]):
-        self.recipe, self.built, self.batches = recipe, built, batches
+    def __init__(self, recipe: Recipe, built: Built, batches: Iterator[Mapping[str, Any]], make_key: Callable[..., Key] = Key):
+        self.recipe, self.built, self.batches, self.make_key = recipe, built, batches, make_key
         self.shape = LatentShape(
             frames=recipe.latents.frames,
             channels=recipe.latents.channels,
@@ -55,14 +56,19 @@ class TrainingStep:
         inputs: dict[str, list[dict[str, Any]]] = {}
         for phase in self.recipe.phases:
             if step % phase.every == 0:
-                metrics |= self._phase(phase, step, outputs, inputs)
+                metrics |= self.run_phase(phase, step, outputs, inputs)
         for ema in self.built.emas.values():
             ema.update(step)
         return metrics
 
-    def _phase(
+    def run_phase(
         self, phase: PhaseSection, step: int, outputs: dict[str, list[dict[str, Any]]], inputs: dict[str, list[dict[str, Any]]]
     ) -> Metrics:
+        """One phase of a step, up to its update.
+
+        Args:
+            outputs, inputs: those of the phases so far, by name, for each micro-batch; this phase adds its own.
+        """
         graph, recipe, built = self.built.graphs[phase.name], self.recipe, self.built
         for role, module in built.modules.items():
             module.requires_grad_(role in phase.roles)
@@ -139,7 +145,7 @@ class TrainingStep:
             values = {key: self._moved(value) for key, value in next(self.batches).items()}
         first = (micro * self.mesh.data_world + self.mesh.data_rank) * self.per_rank
         samples = tuple(range(first, first + self.per_rank))
-        key = Key(seed=self.recipe.seed, phase=phase.name, update=step, samples=samples)
+        key = self.make_key(seed=self.recipe.seed, phase=phase.name, update=step, samples=samples)
         wanted = (*graph.inputs, *graph.optional)
         if "noise" not in values and "noise" in [phase.in_.get(name, name) for name in wanted]:
             shape, dtype = self.shape.tensor_shape(1)[1:], self.dtype or torch.float32

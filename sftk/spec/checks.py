@@ -21,7 +21,8 @@ from sftk.spec.data_files import Places, codec_files, named_files
 from sftk.spec.document import Document
 from sftk.spec.fetch import download_of
 from sftk.spec.files import find_file
-from sftk.spec.schema import AUTO, PLAIN_NAME, ModelSection, PhaseSection, Recipe
+from sftk.spec.schema import AUTO, ModelSection, PhaseSection, Recipe
+from sftk.spec.validators import PLAIN_NAME
 
 if TYPE_CHECKING:
     from sftk.spec.recipe import Stage

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
 import attrs
@@ -12,21 +11,13 @@ from sftk.functional.attention import Backend
 from sftk.models.branch import BranchConfig
 from sftk.models.config import PRESETS, WanConfig, preset
 from sftk.spec.parallel import ModelParallel, ParallelSection
-from sftk.spec.validators import above, at_least, within
-
-PLAIN_NAME = re.compile(r"[\w-]+", re.ASCII)
-"""What phases, stages and roles may be called: they become file names, metric names and parts of overrides."""
+from sftk.spec.validators import above, at_least, plain_name, within
 
 AUTO = "auto"
 """The size of a model that is read from its weights."""
 
 SEEDS = 2**32
 """How many seeds there are."""
-
-
-def _plain_name(instance: Any, attribute: Any, value: str) -> None:
-    if not PLAIN_NAME.fullmatch(value):
-        raise ValueError(f"a name is made of letters, digits, '-' and '_', found {value!r}")
 
 
 def _share(instance: Any, attribute: Any, value: float) -> None:
@@ -145,7 +136,7 @@ class PhaseSection:
     Without `graph`, Python gives one, see `run_recipe`.
     """
 
-    name: str = attrs.field(validator=_plain_name)
+    name: str = attrs.field(validator=plain_name)
     graph: str | None = None
     update: str | tuple[str, ...] = attrs.field(validator=_distinct_roles)
     every: int = attrs.field(default=1, validator=at_least(1))
@@ -294,7 +285,7 @@ class Recipe:
 class StageSection:
     """One stage of a recipe with `stages`: another recipe and overrides of it (`key.path: value`)."""
 
-    name: str = attrs.field(validator=_plain_name)
+    name: str = attrs.field(validator=plain_name)
     recipe: str
     with_: dict[str, Any] = attrs.field(factory=dict)
 
@@ -321,7 +312,7 @@ class RowSection:
     `title`, `group` and `labels` say how the report shows it.
     """
 
-    name: str = attrs.field(validator=_plain_name)
+    name: str = attrs.field(validator=plain_name)
     recipe: str
     title: str = ""
     group: str = ""

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 from sftk.spec.scalars import number_text
+
+PLAIN_NAME = re.compile(r"[\w-]+", re.ASCII)
+"""What phases, stages, roles and variants may be called: they become file names, metric names and parts of overrides."""
+
+
+def plain_name(instance: Any, attribute: Any, value: str) -> None:
+    """An attrs validator: a `PLAIN_NAME`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not PLAIN_NAME.fullmatch(value):
+        raise ValueError(f"a name is made of letters, digits, '-' and '_', found {value!r}")
 
 
 def at_least(least: float):

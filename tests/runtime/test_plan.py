@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 
@@ -136,12 +137,37 @@ def test_what_blocks_return_is_what_they_would():
     assert found == expected
 
 
-def test_peak_and_work_of_the_benchmark():
+@pytest.fixture(scope="module")
+def benchmark_pass():
+    return pass_stage(load_recipe(BENCHMARK)[0])
+
+
+def test_work_of_a_cycle_is_that_of_the_published_code(benchmark_pass):
+    """Counted apart for that code: 11,810 TFLOP as it is, 10,465 when nothing is done twice."""
+    generator, critic = benchmark_pass.phases
+    flops, again = (
+        sum(times * getattr(phase.work, name) for times, phase in ((1, generator), (5, critic))) / 1e12
+        for name in ("flops", "attention_again")
+    )
+    # We have no commit after the last block; with checkpoints that keep attention, nothing but linear layers is computed again.
+    assert flops - again == pytest.approx(10465, rel=0.001)
+    config = preset("1.3b")
+    tokens, context = 3 * 60 * 104 // 4, 21 * 60 * 104 // 4
+    linear = tokens * (6 * config.dim**2 + 2 * config.dim * config.ffn_dim)
+    commit = config.num_layers * (2 * linear + 4 * config.dim * tokens * (context + config.text_len)) / 1e12
+    assert flops + 6 * commit == pytest.approx(11810, rel=0.003)
+    for phase, steps in ((generator, 4), (critic, 4)):
+        more = {round((late.flops - early.flops) / 1e12) for early, late in itertools.pairwise(phase.exits)}
+        assert (len(phase.exits), more) == (steps, {198})  # one more call of each block
+
+
+def test_peak_and_work_of_the_benchmark(benchmark_pass, monkeypatch):
     (stage,) = load_recipe(BENCHMARK)
+    monkeypatch.setattr("sftk.runtime.plan.pass_stage", lambda local: benchmark_pass)
     plan = plan_stage(stage)
     generator, critic = plan.phases
-    # Measured on one H100, eager, generator and critic: 63.1 GiB.
-    assert plan.peak / GIB == pytest.approx(63.1, rel=0.1)
+    # Measured on one H100, eager, 63.1 GiB, where 60.6 were planned: before checkpoints shared the context's chunks.
+    assert plan.peak / GIB == pytest.approx(48.1, rel=0.02)
     # The arithmetic of a cycle, counted apart for the published code: 11,810 TFLOP, with a context commit after the last block.
     assert generator.tflop + 5 * critic.tflop == pytest.approx(11810, rel=0.05)
     assert plan.parameters["generator"] == 1_418_996_800

@@ -1,0 +1,58 @@
+"""What the cases of a benchmark compute, counted on meta tensors by the code that plans a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+
+from sftk.runtime.bench_cases import BACKWARD, FORWARD, ROLLOUT, pass_inputs, producers, rollout_graph, rollout_values
+from sftk.runtime.plan_models import meta_stage
+from sftk.runtime.plan_pass import CountedPort, PhasePass, pass_stage
+from sftk.runtime.plan_trace import Work
+from sftk.spec.recipe import Stage
+
+Counts = dict[tuple[str, int | None], Work]
+"""Case and exit step to what it computes."""
+
+
+def count_cases(stage: Stage, names: Sequence[str]) -> Counts:
+    """The work of cases: of phases at each of their exit steps, with all micro-batches of an update.
+
+    Args:
+        stage: from `load_recipe`. names: of the cases; phases that others of them read are counted, too.
+
+    Example:
+        >>> from sftk.spec.recipe import load_recipe
+        >>> counts = count_cases(load_recipe("recipes/digits/df.yaml")[0], ["df", "forward"])
+        >>> {name: round(work.flops / 1e9, 1) for (name, exit_step), work in counts.items()}
+        {'df': 45.1, 'forward': 16.9}
+    """
+    alone = attrs.evolve(stage.recipe.parallel, sequence=1)  # one process measures, so it has all tokens of a sample
+    stage = attrs.evolve(stage, recipe=attrs.evolve(stage.recipe, parallel=alone))
+    meta = meta_stage(stage)
+    counts: Counts = {}
+    times = stage.recipe.batch.split()[1]
+    asked = [phase for phase in stage.recipe.phases if phase.name in names]
+    read = [producer for phase in asked for producer in producers(stage.recipe, phase)]
+    phases = [phase for phase in stage.recipe.phases if phase in asked or phase in read]
+    for phase in pass_stage(stage, meta, phases).phases:
+        for index, work in enumerate(phase.exits):
+            total = counts[phase.name, index if len(phase.exits) > 1 else None] = Work()
+            total.add(work, times)
+    graph, role = rollout_graph(stage)
+    for name in names:
+        if name not in (ROLLOUT, FORWARD, BACKWARD):
+            continue
+        meta.models[role].requires_grad_(name == BACKWARD)
+        port = CountedPort(meta, role, {}, PhasePass(name=name, every=1, roles=()))
+        with meta.traced() as trace, torch.set_grad_enabled(name == BACKWARD):
+            if name == ROLLOUT:
+                graph.run(rollout_values(graph, meta.batch), {"denoiser": port})
+            else:
+                flow = port(*pass_inputs(meta.batch))[0]
+                if name == BACKWARD:
+                    flow.backward(torch.empty_like(flow))
+        counts[name, None] = trace.work
+    return counts
