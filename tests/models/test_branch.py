@@ -1,5 +1,6 @@
 """The classifier branch: sizes from its config, layers of the backbone, errors."""
 
+import attrs
 import pytest
 import torch
 
@@ -37,6 +38,24 @@ def test_only_a_time_embedding_sees_the_timestep():
         hidden = features(1)
         early, late = (branch(hidden, torch.full((2, 3), t)) for t in (100.0, 900.0))
         assert bool((early - late).abs().max() > 1e-6) == sees
+
+
+def test_its_time_is_the_mean_of_the_frames():
+    torch.manual_seed(0)
+    branch = ClassifierBranch(CONFIG, BranchConfig(layers=(1,), time_embedding=True))
+    hidden = features(1)
+    mixed, plain = (branch(hidden, torch.tensor(t).expand(2, -1)) for t in ([100.0, 300.0, 800.0], [400.0] * 3))
+    torch.testing.assert_close(mixed, plain)
+    torch.testing.assert_close(branch(hidden, torch.full((2,), 400.0)), plain)
+
+
+def test_it_begins_near_logits_of_0():
+    torch.manual_seed(0)
+    branch = ClassifierBranch(attrs.evolve(CONFIG, dim=192), BranchConfig(layers=(1,), hidden_dim=400))
+    last = branch.classifier[-1]
+    assert isinstance(last, torch.nn.Linear)
+    assert last.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not last.bias.any()
 
 
 def test_it_reads_the_layers_that_it_names():

@@ -305,3 +305,14 @@ def test_a_prompt_may_change_when_the_cache_forgets_its_text(model, inputs):
     assert torch.equal(old, new)
     assert not torch.allclose(changed, old)
     torch.testing.assert_close(changed, model(latents, timestep, other, cache=cache)[0])
+
+
+def test_time_and_space_have_bases_of_their_own():
+    """The angles of neighbours in time and in space, from the formula."""
+    cos, sin = rope_table((0, 1), 2, 1, 12, 50.0, 1e4, torch.device("cpu"), torch.float64)
+    angle = torch.atan2(sin, cos)[:, 0].unflatten(0, (2, 2))  # frames, rows, pairs
+    time, height, _ = axis_pairs(12)
+    torch.testing.assert_close(angle[1, 0, :time], 50.0 ** (-torch.arange(time, dtype=torch.float64) / time))
+    torch.testing.assert_close(angle[0, 1, time : time + height], 1e4 ** (-torch.arange(height, dtype=torch.float64) / height))
+    assert not angle[1, 0, time:].any()
+    assert not angle[0, 1, :time].any()
