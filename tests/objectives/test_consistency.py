@@ -40,7 +40,7 @@ def test_the_target_carries_no_gradient(randn):
 
 
 def leads_to(mean: float, prompted: float = 0.0):
-    """A model in the teacher-forcing layout that takes everything for one clip: `mean`, and `prompted` times the prompt more."""
+    """A model in the teacher-forcing layout that takes all for one clip: `mean`, and `prompted` times the prompt more."""
 
     def model(latents, timestep, prompt_embeds, *, layout, positions):
         sigma = (timestep / 1000)[:, :, None, None, None].clamp(min=1e-12)

@@ -112,3 +112,14 @@ def test_weight_zero_makes_no_pass():
 
     loss, count = gradient_penalty(fail, fail, *inputs(), torch.zeros(2, 1), Key(seed=0, samples=(0, 1)))
     assert (loss, count) == (0, 2)
+
+
+def test_penalties_of_other_names_have_other_perturbations():
+    backbone, branch = pair()
+    logits, _ = gradients(backbone, branch, *inputs())
+    key = Key(seed=0, samples=(0, 1))
+    first, again, second = (
+        gradient_penalty(backbone, branch, *inputs(), logits, key, weight=1.0, name=name)[0] for name in ("r1", "r1", "r2")
+    )
+    assert first == again
+    assert (first - second).abs() > 1e-6
