@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import graphs  # noqa: E402
+from drift import drift  # noqa: E402
 from drawing import Drawing  # noqa: E402
 
 
@@ -392,7 +393,7 @@ def layouts() -> Drawing:
 
 
 FIGURES: tuple[Callable[[], Drawing], ...] = (
-    method, rollout, state, transform, graph, recipe, schedule, context, gradient, layouts,
+    method, rollout, state, transform, graph, recipe, schedule, context, gradient, layouts, drift,
 )  # fmt: skip
 
 
