@@ -248,7 +248,8 @@ def test_figures_are_those_that_the_code_draws():
     for figure in make.FIGURES:
         drawn = (folder / f"{figure.__name__}.svg").read_text(encoding="utf-8")
         assert drawn == figure().svg(), f"{figure.__name__}.svg is out of date; run python docs/figures/make.py"
-        assert f"figures/{figure.__name__}.svg" in read("docs/concepts.md")
+        assert f"figures/{figure.__name__}.svg" in read("docs/concepts.md") + read("docs/study.md")
+    assert make.study_table() in read("docs/study.md"), "the table is out of date; run python docs/figures/study.py"
     graphs = make.graphs
     assert {path.stem for path in graphs.FOLDER.glob("*.svg")} == set(graphs.SPECS)
     for name in graphs.SPECS:

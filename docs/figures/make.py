@@ -20,8 +20,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import graphs  # noqa: E402
-from drift import drift  # noqa: E402
 from drawing import Drawing  # noqa: E402
+from study import drift, study_table  # noqa: E402, F401
 
 
 def method() -> Drawing:

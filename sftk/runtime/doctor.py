@@ -67,7 +67,9 @@ def _libraries() -> str:
     versions = []
     for name in LIBRARIES:
         try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
+            # PyTorch's own word says which build it is, as in 2.11.0+cu130.
+            version = torch.__version__ if name == "torch" else importlib.metadata.version(name)
+            versions.append(f"{name} {version}")
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"{name} not installed")
     return "libraries: " + ", ".join(versions)

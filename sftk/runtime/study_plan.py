@@ -153,7 +153,7 @@ def chain_lengths(runs: Runs) -> dict[tuple[str, int], int]:
         (2, 1, 0)
     """
     lengths = dict.fromkeys(runs, 0)
-    for key, run in reversed(runs.items()):  # a run needs earlier ones only
+    for key, run in reversed(list(runs.items())):  # a run needs earlier ones only
         for row, seed, _ in run.needs.values():
             lengths[row, seed] = max(lengths[row, seed], lengths[key] + 1)
     return lengths

@@ -14,8 +14,11 @@ from sftk.spec.recipe import load_recipe
 REPLAY = "phases.generator.backward=replay"
 
 
+DOUBLE = tuple(f"models.{role}.dtype=fp64" for role in ("generator", "real_score", "fake_score"))
+
+
 def trained(recipe, *overrides, steps=3):
-    (stage,) = load_recipe(recipe, [*overrides, *(f"models.{m}.dtype=fp64" for m in ("generator", "real_score", "fake_score"))])
+    (stage,) = load_recipe(recipe, overrides)
     built = build_stage(stage, torch.device("cpu"), {})
     step = TrainingStep(stage.recipe, built, iter(make_loader(stage.recipe)))
     metrics = [step(index) for index in range(steps)]
@@ -28,23 +31,28 @@ def trained(recipe, *overrides, steps=3):
         (),
         ("batch.per_rank=1", "models.generator.checkpoint=full"),
         ("phases.generator.with.context_gradient=straight_through",),
-        ("compile=true",),
     ],
-    ids=["plain", "accumulated", "straight_through", "compiled"],
+    ids=["plain", "accumulated", "straight_through"],
 )
 def test_training_is_the_same(tiny, changes):
     recipe = tiny()
-    (plain, weights), (found, replayed) = trained(recipe, *changes), trained(recipe, *changes, REPLAY)
+    (plain, weights), (found, replayed) = (trained(recipe, *changes, *DOUBLE, *more) for more in ((), (REPLAY,)))
     for a, b in zip(plain, found, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(replayed, weights, rtol=1e-9, atol=1e-12)
+
+
+def test_compiled_training_is_the_same(tiny):
+    recipe = tiny()  # in float32: torch 2.11's compiled attention on the CPU has no backward pass in float64
+    (plain, _), (found, _) = (trained(recipe, "compile=true", *more, steps=1) for more in ((), (REPLAY,)))
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
 
 
 def test_the_objectives_that_differentiate_scores_too():
     """SiD's gradient runs through both score models before it arrives at the rollout."""
     small = ("latents.frames=6", "batch.global=2", "eval.enabled=false")
     (plain, weights), (found, replayed) = (
-        trained("recipes/digits/sid.yaml", *small, *more, steps=1) for more in ((), (REPLAY,))
+        trained("recipes/digits/sid.yaml", *small, *DOUBLE, *more, steps=1) for more in ((), (REPLAY,))
     )
     torch.testing.assert_close(found, plain, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(replayed, weights, rtol=1e-9, atol=1e-12)

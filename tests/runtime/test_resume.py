@@ -194,6 +194,7 @@ batch: {global: 2}
 ema: {denoiser: {decay: 0.5}}
 checkpoint: {every: 1, keep: 5}
 track: {tensorboard: false}
+device: cpu
 """
 
 

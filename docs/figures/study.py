@@ -1,4 +1,7 @@
-"""How the students of the digits study drift: drawn from `study.json`, the figures that `recipes/digits/study.yaml` gave."""
+"""What `recipes/digits/study.yaml` gave (`study.json`), drawn.
+
+`python docs/figures/study.py` prints the table of docs/study.md.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from math import log10
 from pathlib import Path
 from typing import Any
 
-from drawing import Drawing
+from drawing import TEXT, Drawing
 
 SHADE = {
     "tf": "gl", "df": "gl", "tf_1": "gl", "df_1": "gl",
@@ -22,7 +25,8 @@ LEGEND = (
     ("line", "initialisation"),
 )
 TICKS = (5, 10, 20, 50, 100)
-TEXT = {"line": "dim", "bl": "tb", "gl": "tg", "ol": "to"}
+COLUMNS = (("digit_accuracy", 3), ("frechet", 1))
+HEAD = ("student", "sampling steps", "updates", "digit", "Fréchet", "late digit", "late Fréchet")
 
 
 def study_rows() -> dict[str, Any]:
@@ -79,3 +83,25 @@ def _apart(places: Sequence[float], gap: float) -> list[float]:
                 found[i] -= short / 2
                 found[i + 1] += short / 2
     return found
+
+
+def study_table() -> str:
+    """Mean, and standard deviation over seeds where there are several."""
+    lines = []
+    for group, row in ((row["group"], row) for row in study_rows().values()):
+        if not lines or lines[-1][0] != group:
+            lines.append((group, f"| **{group}** {'| ' * len(HEAD)}".rstrip()))
+        cells = [row["title"], str(row["labels"]["sampling steps"]), str(row["steps"])]
+        for mean, spread in ((row["mean"], row["spread"]), (row["mean"]["late"], row["spread"]["late"])):
+            cells += [_cell(mean[name], spread[name], places) for name, places in COLUMNS]
+        lines.append((group, f"| {' | '.join(cells)} |"))
+    head = f"| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|\n"
+    return head + "\n".join(line for _, line in lines) + "\n"
+
+
+def _cell(mean: float, spread: Any, places: int) -> str:
+    return f"{mean:.{places}f}" + ("" if spread is None else f" ± {spread:.{places}f}")
+
+
+if __name__ == "__main__":
+    print(study_table(), end="")
