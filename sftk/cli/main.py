@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 from typing import Any
 
@@ -20,10 +21,11 @@ from sftk.cli.plan import plan
 from sftk.cli.run import run
 from sftk.cli.sample import sample
 from sftk.cli.show import show
+from sftk.cli.slurm import slurm
 from sftk.errors import SftkError, SpecError
-from sftk.runtime.stage import Interrupted
+from sftk.runtime.signals import Interrupted, exit_code
 
-USAGE_ERROR, INTERRUPTED = 2, 130
+USAGE_ERROR = 2
 
 
 _OUT_OF_MEMORY = "`sftk plan` says what takes memory; batch.per_rank, a model's checkpoint: full or fewer frames lower it"
@@ -51,7 +53,7 @@ class Commands(click.Group):
     """A group whose commands end with one clear message instead of a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Runs the command; a user's mistake exits with 2, a failed run with 1, an interrupted one with 130."""
+        """Runs the command; a user's mistake exits with 2, a failed run with 1, an interrupted one as `exit_code` says."""
         try:
             return super().invoke(ctx)
         except SpecError as error:
@@ -71,10 +73,10 @@ class Commands(click.Group):
             sys.exit(1)
         except Interrupted as stop:
             click.echo(f"{stop}; go on with --resume", err=True)
-            sys.exit(INTERRUPTED if stop.signal == "SIGINT" else 143)
+            sys.exit(exit_code(signal.Signals[stop.signal]))
         except KeyboardInterrupt:
             click.echo("stopped by SIGINT; a run goes on from its last checkpoint with --resume", err=True)
-            sys.exit(INTERRUPTED)
+            sys.exit(exit_code(signal.SIGINT))
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -83,5 +85,5 @@ def main() -> None:
     """Distil a video diffusion teacher into a fast, causal, streaming student."""
 
 
-for command in (run, check, show, sample, export, data, fetch, plan, bench, doctor):
+for command in (run, check, show, sample, export, data, fetch, plan, bench, doctor, slurm):
     main.add_command(command)

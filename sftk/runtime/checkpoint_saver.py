@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from sftk.errors import CheckpointError
 from sftk.runtime.checkpoint import begin, publish, unfinished
 from sftk.runtime.checkpoint_state import Part, shares
-from sftk.runtime.checkpoint_storage import SHARES, PartsWriter, Share, SharePlanner, first_failure, quiet
+from sftk.runtime.checkpoint_storage import SHARES, WRITERS, PartsWriter, Share, SharePlanner, first_failure, quiet
 
 BLOCK = 1 << 30
 """Bytes of host memory that staging asks for at a time. PyTorch rounds pinned memory up to a power of two."""
@@ -61,6 +61,7 @@ class Saver:
             {name: part.metadata for name, part in parts.items()},
             begin=lambda: begin(folder, step),
             publish=lambda: publish(folder, step, facts, keep),
+            writers=WRITERS if self._background else 1,
         )
         alone = not dist.is_initialized()
         if self._group is None and not alone:

@@ -46,7 +46,7 @@ from sftk.models.shard_files import pieces_metadata, shard_name
 from sftk.models.tensor_files import TORCH_DTYPES, Piece, Stored, not_whole
 
 WRITERS = 4
-"""Files that a rank writes at the same time."""
+"""Files that a rank writes at the same time, from copies."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -103,6 +103,7 @@ class PartsWriter(StorageWriter):
         parts: their names, and what their files say about themselves.
         begin: called by the first rank before any writes.
         publish: called by the first rank when all have written.
+        writers: files that a rank writes at the same time, and holds in the host's memory unless they are there already.
     """
 
     def __init__(
@@ -111,8 +112,9 @@ class PartsWriter(StorageWriter):
         parts: Mapping[str, Mapping[str, str]],
         begin: Callable[[], object],
         publish: Callable[[], object],
+        writers: int = WRITERS,
     ):
-        self._folder, self._parts, self._begin, self._publish = folder, parts, begin, publish
+        self._folder, self._parts, self._begin, self._publish, self._writers = folder, parts, begin, publish, writers
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Nothing is left from one checkpoint to the next."""
@@ -136,7 +138,7 @@ class PartsWriter(StorageWriter):
         items: dict[str, list[WriteItem]] = {part: [] for part in self._parts}
         for item in plan.items:
             items[item.index.fqn.partition("/")[0]].append(item)
-        with ThreadPoolExecutor(WRITERS) as pool:
+        with ThreadPoolExecutor(self._writers) as pool:
             list(pool.map(lambda part: self._write(part, items[part], planner, rank, ranks), items))
         sync(self._folder)
         written = [WriteResult(index=item.index, size_in_bytes=0, storage_data=None) for item in plan.items]

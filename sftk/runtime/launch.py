@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import signal
+import socket
 import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
@@ -19,6 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from sftk.errors import DistributedError
 from sftk.runtime.jobs import available_threads
 from sftk.runtime.rundir import RunDir
+from sftk.runtime.signals import exit_code
 
 SHUTDOWN_SECONDS = 600
 """What processes get to write a checkpoint after a signal, before they are killed."""
@@ -73,6 +77,32 @@ def processes(nproc: str) -> int:
     return int(nproc)
 
 
+def own_address(endpoint: str) -> str | None:
+    """The address from which this node reaches the place where nodes meet, which the others can reach, too.
+
+    A node's name, which torchrun would take instead, is often unknown to other nodes, or the same on all of them.
+
+    Args:
+        endpoint: `host:port`.
+
+    Returns:
+        The address; None when nothing is known but a loopback, as when the endpoint is this node by a name that means itself.
+
+    Example:
+        >>> own_address("localhost:29500") is None
+        True
+    """
+    host, _, port = endpoint.rpartition(":")
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:  # nothing is sent
+            probe.connect(place)
+            address = probe.getsockname()[0]
+    except (OSError, ValueError):
+        return None
+    return None if ipaddress.ip_address(address.partition("%")[0]).is_loopback else address
+
+
 def launch(arguments: Sequence[str], options: Launch, run: RunDir) -> int:
     """Runs `sftk <arguments>` in every process and waits for the end.
 
@@ -84,7 +114,7 @@ def launch(arguments: Sequence[str], options: Launch, run: RunDir) -> int:
         run: whose logs tell what happened.
 
     Returns:
-        The exit code: 0, that of the first process that failed, or 128 and the number of the signal that ended the run.
+        The exit code: 0, that of the first process that failed, or `exit_code` of the signal that ended the run.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it has to say is said below
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_threads() // options.nproc)))
@@ -97,17 +127,24 @@ def launch(arguments: Sequence[str], options: Launch, run: RunDir) -> int:
         run_id=uuid.uuid4().hex if alone else f"sftk-{run.root.name}",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0" if alone else options.endpoint or "",
+        local_addr=None if alone else own_address(options.endpoint or ""),
         rdzv_configs={} if options.node_rank is None else {"is_host": options.node_rank == 0},
         max_restarts=options.max_restarts,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
     )
+    signal.signal(signal.SIGUSR1, _pass_on)  # torchrun's agents would die of it and leave their processes alone
     try:
         elastic_launch(config, sys.executable)("-m", "sftk", *arguments)
     except ChildFailedError as error:
         return _explain(error, run)
     except SignalException as stop:
-        return 128 + int(stop.sigval)
+        return exit_code(int(stop.sigval))
     return 0
+
+
+def _pass_on(number: int, frame: Any) -> None:
+    """Ends the agent as its own signals do: it sends this one to its processes, and waits for them."""
+    raise SignalException(f"received {signal.Signals(number).name}", sigval=signal.Signals(number))
 
 
 def _explain(error: ChildFailedError, run: RunDir) -> int:

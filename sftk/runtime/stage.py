@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import attrs
 
@@ -24,19 +19,12 @@ from sftk.runtime.mesh import make_mesh
 from sftk.runtime.meter import Meter, first_nonfinite
 from sftk.runtime.probe import find_nonfinite
 from sftk.runtime.progress import TrainingProgress
+from sftk.runtime.signals import Interrupted, agreed, catch_signals
 from sftk.runtime.step import TrainingStep
 from sftk.runtime.tracking import Tracker
 from sftk.runtime.world import World
 from sftk.spec.fingerprint import fingerprint, recipe_hash
 from sftk.spec.recipe import Stage
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; a checkpoint was saved first."""
-
-    def __init__(self, name: str, step: int, checkpoint: Path):
-        self.signal, self.step, self.checkpoint = name, step, checkpoint
-        super().__init__(f"stopped by {name} after step {step}; saved {checkpoint}")
 
 
 @attrs.define(eq=False)
@@ -101,11 +89,12 @@ class StageRun:
                 self._report(meter.put(self.step, metrics), run_step, tracker, progress)
                 self.step += 1
                 due = self.done or self.step % recipe.checkpoint.every == 0
-                if due or caught:
+                stop = agreed(caught)
+                if due or stop:
                     self._report(meter.flush(), run_step, tracker, progress)
-                    saved = self.save(wait=bool(caught))
-                    if caught:
-                        raise Interrupted(caught[0], self.step, saved)
+                    saved = self.save(wait=stop is not None)
+                    if stop is not None:
+                        raise Interrupted(stop, self.step, saved)
         if recipe.train.steps == 0 and self.world.told_by_first(lambda: last_checkpoint(self.folder)) is None:
             self.save()
         self._saver.wait()
@@ -130,6 +119,14 @@ class StageRun:
         if wait:
             self._saver.wait()
         return saved
+
+    def save_finished(self) -> None:
+        """Waits until the checkpoint that is being written is there.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self._saver.wait()
 
     @property
     def _roles(self) -> tuple[str, ...]:
@@ -171,24 +168,3 @@ def saved_weights(stage: Stage, folder: Path) -> dict[str, Path]:
     files = checkpoint_files(found)
     roles = sorted({role for phase in stage.recipe.phases for role in phase.roles})
     return {f"{stage.name}/{role}": files.get(f"{role}{AVERAGE}", files[role]) for role in roles}
-
-
-@contextmanager
-def catch_signals() -> Iterator[list[str]]:
-    """Collects SIGINT and SIGTERM in a list instead of dying; the second SIGINT interrupts at once."""
-    caught: list[str] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-
-    def note(number: int, frame: Any) -> None:
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

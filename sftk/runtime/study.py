@@ -14,7 +14,7 @@ from sftk.runtime.evaluators import evaluation_problems
 from sftk.runtime.jobs import Job, available_threads, locked
 from sftk.runtime.page import duration
 from sftk.runtime.rundir import RunDir, write_text
-from sftk.runtime.stage import Interrupted, catch_signals
+from sftk.runtime.signals import STOPPING, Interrupted, catch_signals, exit_code
 from sftk.runtime.study_plan import PlannedRun, Runs, chain_lengths, plan_runs
 from sftk.runtime.study_progress import StudyProgress, counts
 from sftk.runtime.study_report import write_study_report
@@ -160,7 +160,7 @@ class Pool:
             if code == 0 and run.folder.summary.exists():
                 run.state = "done"
                 self._progress.event(f"{run.name}: done in {duration(round(run.seconds))}{headline(run.folder)}")
-            elif stopping and code in (130, 143, -signal.SIGINT, -signal.SIGTERM):
+            elif stopping and code in {code for number in STOPPING for code in (exit_code(number), -number)}:
                 run.state = "stopped"
                 self._progress.event(f"{run.name}: stopped at step {run.step() or 0} of {run.steps}")
             else:

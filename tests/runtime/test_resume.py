@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sftk.errors import NonFiniteError
 from sftk.runtime.checkpoint import last_checkpoint, list_checkpoints
 from sftk.runtime.meter import Meter
-from sftk.runtime.stage import Interrupted, catch_signals
+from sftk.runtime.signals import Interrupted, catch_signals
 
 NAMES = {"fake_score", "fake_score.optimizer", "generator", "generator.ema", "generator.optimizer"}
 

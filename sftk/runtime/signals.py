@@ -1,0 +1,75 @@
+"""Signals that end a run after a checkpoint: they are collected, and all ranks agree on the step at which they stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""SIGUSR1 is what a scheduler sends some minutes before a job's time is over."""
+
+GO_ON_LATER = 75
+"""Exit code of a run that SIGUSR1 stopped, EX_TEMPFAIL of sysexits.h: start the same command again with `--resume`."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; a checkpoint was saved first."""
+
+    def __init__(self, name: str, step: int, checkpoint: Path):
+        self.signal, self.step, self.checkpoint = name, step, checkpoint
+        super().__init__(f"stopped by {name} after step {step}; saved {checkpoint}")
+
+
+def exit_code(number: int) -> int:
+    """The exit code of a run that a signal stopped, after its checkpoint.
+
+    Example:
+        >>> exit_code(signal.SIGINT), exit_code(signal.SIGTERM), exit_code(signal.SIGUSR1)
+        (130, 143, 75)
+    """
+    return GO_ON_LATER if number == signal.SIGUSR1 else 128 + number
+
+
+@contextmanager
+def catch_signals() -> Iterator[list[str]]:
+    """Collects the names of `STOPPING` signals in a list instead of dying; the second SIGINT interrupts at once."""
+    caught: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, note) for number in STOPPING}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def agreed(caught: Sequence[str]) -> str | None:
+    """The signal that any rank has caught, the same on every rank; None where none has.
+
+    A collective of the host's, which waits for the other hosts and not for devices: every rank calls it after the same step.
+
+    Example:
+        >>> agreed([]), agreed(["SIGTERM"])
+        (None, 'SIGTERM')
+    """
+    number = max((int(signal.Signals[name]) for name in caught), default=0)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        highest = torch.tensor(number)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        number = int(highest)
+    return signal.Signals(number).name if number else None
