@@ -19,7 +19,6 @@ from sftk.models.branch import BranchConfig
 from sftk.models.config import WanConfig
 from sftk.objectives.divergence import Divergence
 from sftk.runtime.evaluate import DigitsEvaluation
-from sftk.runtime.sampling import CausalOdeSampling, StudentSampling, TeacherSampling
 from sftk.spec import schema
 from sftk.spec.compat import COMPAT
 from sftk.spec.files import find_file
@@ -27,6 +26,7 @@ from sftk.spec.graphs import FoldSpec, GraphSpec, NodeSpec
 from sftk.spec.parallel import ModelParallel, ParallelSection
 from sftk.spec.params import spec_params
 from sftk.spec.plugins import import_file
+from sftk.spec.sampling import CausalOdeSampling, SampleSection, StudentSampling, TeacherSampling, WholeFewStepSampling
 from sftk.spec.source import read_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +60,8 @@ SECTIONS: dict[str, Any] = {
     "student_sampling": StudentSampling,
     "student_sampling with causal_ode": CausalOdeSampling,
     "teacher_sampling": TeacherSampling,
+    "sample": SampleSection,
+    "bidirectional few_step": WholeFewStepSampling,
     "spec": GraphSpec,
     "node": NodeSpec,
     "fold": FoldSpec,

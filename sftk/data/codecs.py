@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
 import torch
@@ -20,7 +20,9 @@ class Codec(Protocol):
 
     `factor`: pixels of a latent's row or column. `pixel_frames(n)`: pictures that n latent frames stand for. `channels`: of the
     latents. `encode`: [F, 3, H, W] in [0, 1] to [F', C, H / factor, W / factor]. `decode`: latents [B, F', C, h, w] to
-    [B, F, H, W] or [B, F, 3, H, W] in [0, 1].
+    [B, F, H, W] or [B, F, 3, H, W] in [0, 1]. `decode_block`: the same of a video's next latents, given the state that the
+    block before returned (None at first), and the state for the next; blocks of any lengths give the frames of `decode`.
+    `prepare`: loads what it needs, so that what is missing is known early.
     """
 
     @property
@@ -34,6 +36,10 @@ class Codec(Protocol):
     def encode(self, video: Tensor) -> Tensor: ...
 
     def decode(self, latents: Tensor) -> Tensor: ...
+
+    def decode_block(self, latents: Tensor, state: Any) -> tuple[Tensor, Any]: ...
+
+    def prepare(self) -> None: ...
 
 
 @attrs.frozen(kw_only=True)
@@ -97,6 +103,13 @@ class PixelUnshuffle:
             raise ShapeError(f"latents have shape {list(latents.shape)}; expected [B, F, {self.channels}, h, w]")
         pixels = torch.nn.functional.pixel_shuffle((latents * self.std + self.mean + 1) / 2, self.factor).clamp(0, 1)
         return pixels[:, :, 0] if self.grey else pixels
+
+    def decode_block(self, latents: Tensor, state: None) -> tuple[Tensor, None]:
+        """As `decode`: no frame needs another."""
+        return self.decode(latents), None
+
+    def prepare(self) -> None:
+        """There is nothing to load."""
 
 
 def digits_codec() -> PixelUnshuffle:

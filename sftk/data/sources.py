@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from sftk.data.choices import Finding, call, choice_findings, option_findings, options_of
-from sftk.data.codecs import CODECS, make_codec
-from sftk.data.digits import DigitClips, collate, decode_latents, embed_prompts
+from sftk.data.codecs import CODECS, Codec, digits_codec, make_codec
+from sftk.data.digits import DigitClips, collate, embed_prompts
 from sftk.data.embedders import EMBEDDERS, make_embedder
 from sftk.data.image_captions import ImageCaptions, image_shapes
 from sftk.data.ode_pairs import PairPlan, open_pairs, pairs_shapes, plan_findings
@@ -37,7 +37,7 @@ class DataSource:
         keys: tensors of a batch that graphs can read.
         embed: prompts to embeddings [B, L, D]; the empty prompt is the unconditional one. None when it has no texts, or when
             its option `text` says how.
-        decode: latents [B, F, C, H, W] to frames in [0, 1], [B, F, H, W] or [B, F, 3, H, W].
+        codec: latents to pictures and back; None when it has none, or when its option `codec` says which.
         fps: frames a second at which its videos are shown.
         sample_shape: channels, height and width of its latents, or None when they depend on the data.
         needs_shape: `make` takes channels, height and width as well.
@@ -51,7 +51,7 @@ class DataSource:
     collate: Callable[[Any], dict[str, Any]] = collate
     keys: tuple[str, ...]
     embed: Callable[..., Tensor] | None = None
-    decode: Callable[[Tensor], Tensor] | None = None
+    codec: Codec | None = None
     fps: int = 16
     sample_shape: tuple[int, int, int] | None = None
     needs_shape: bool = False
@@ -89,8 +89,8 @@ class DataSource:
             torch.Size([1, 4, 32])
         """
         embed = make_embedder(options["text"]) if "text" in options and "text" in self.options else self.embed
-        decode = make_codec(options["codec"]).decode if options.get("codec") and "codec" in self.options else self.decode
-        return attrs.evolve(self, embed=embed, decode=decode)
+        codec = make_codec(options["codec"]) if options.get("codec") and "codec" in self.options else self.codec
+        return attrs.evolve(self, embed=embed, codec=codec)
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -108,7 +108,7 @@ SOURCES: dict[str, DataSource] = {
         make=DigitClips,
         keys=("latents", *TEXT_KEYS, "digit"),
         embed=embed_prompts,
-        decode=decode_latents,
+        codec=digits_codec(),
         fps=8,
         sample_shape=(4, 8, 8),
     ),

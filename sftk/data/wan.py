@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -14,7 +15,7 @@ from sftk.data.choices import FilePath
 from sftk.data.embeddings import EmbeddingStore
 from sftk.errors import DataError, ShapeError
 from sftk.models.text import TextEncoder, load_text_encoder
-from sftk.models.vae import WanVae, decode, encode, load_vae
+from sftk.models.vae import DecodeState, WanVae, decode, decode_block, encode, load_vae
 from sftk.models.vae_tiles import Tiles
 
 Made = TypeVar("Made")
@@ -112,6 +113,23 @@ class WanVaeCodec:
         """
         return decode(self.vae, latents, chunk=self.chunk)
 
+    @torch.no_grad()
+    def decode_block(self, latents: Tensor, state: DecodeState | None) -> tuple[Tensor, DecodeState]:
+        """The next frames of videos, and the state for those after them.
+
+        Raises:
+            ShapeError: see `sftk.models.vae.decode_block`.
+        """
+        return decode_block(self.vae, latents, state, chunk=self.chunk)
+
+    def prepare(self) -> None:
+        """Loads the VAE.
+
+        Raises:
+            CheckpointError, DataError: see `vae`.
+        """
+        _ = self.vae
+
 
 @attrs.frozen(kw_only=True)
 class Umt5Embedder:
@@ -177,6 +195,14 @@ class Umt5Embedder:
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """[B, text_len, text_dim] float32, zero after the true lengths."""
         return self.encoder(prompts)
+
+    def release(self) -> None:
+        """Frees the encoder's memory; it is loaded again when it is used again. With `offload` it stays on the host."""
+        if not self.offload:
+            _LOADED.pop(self, None)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 @attrs.frozen(kw_only=True)

@@ -17,11 +17,11 @@ from sftk.errors import SpecError, did_you_mean
 from sftk.functional.exit_key import ExitKey
 from sftk.functional.keys import Key
 from sftk.runtime.build import Built
-from sftk.runtime.inference import recipe_sampling, student_role
 from sftk.runtime.loader import make_loader
-from sftk.runtime.sampling import student_graph
+from sftk.runtime.sample_options import role_sampling, sampled_role
 from sftk.runtime.step import TrainingStep
 from sftk.spec.recipe import Stage
+from sftk.spec.sampling import sampler_graph
 from sftk.spec.schema import PhaseSection, Recipe
 
 ROLLOUT, FORWARD, BACKWARD, STEPS = "rollout", "forward", "forward_backward", "steps"
@@ -86,8 +86,8 @@ def producers(recipe: Recipe, phase: PhaseSection) -> tuple[PhaseSection, ...]:
 
 def rollout_graph(stage: Stage) -> tuple[Graph, str]:
     """The rollout with which the recipe's student samples, and the student's role."""
-    sampling, evaluated = recipe_sampling(stage.document, stage.recipe)
-    return student_graph(sampling), evaluated or student_role(stage.recipe)
+    role = sampled_role(stage.document, stage.recipe)
+    return sampler_graph(role_sampling(stage.document, stage.recipe, role)), role
 
 
 def rollout_values(graph: Graph, values: Mapping[str, Any]) -> dict[str, Any]:

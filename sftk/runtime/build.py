@@ -30,7 +30,7 @@ from sftk.runtime.segments import compile_segments
 from sftk.runtime.sequence import SequenceGroup, share_sequence
 from sftk.runtime.shards import local, rows
 from sftk.spec.arrangement import policies
-from sftk.spec.data_files import found_codec
+from sftk.spec.data_files import found_choice
 from sftk.spec.fetch import how_to_get, missing_files
 from sftk.spec.files import find_file
 from sftk.spec.recipe import Stage
@@ -113,7 +113,7 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder, mesh:
             assert average is not None
             ports[role] = make_port(average, dtype)
         elif section.ready_made:
-            ports[role] = ready_made(section.builtin, found_codec(section.codec, stage.path), device)
+            ports[role] = ready_made(section.builtin, found_choice("codec", section.codec, stage.path), device)
     optimizers: dict[str, torch.optim.Optimizer] = {
         role: make_optimizer(modules[role].parameters(), section) for role, section in recipe.optimizers.items()
     }

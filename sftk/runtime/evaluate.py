@@ -13,21 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sftk.data.digits import DIRECTIONS, prompt_text
+from sftk.data.digits import DIRECTIONS, decode_latents, prompt_text
 from sftk.data.digits_classifier import load_classifier
 from sftk.data.digits_metrics import evaluate_clips, evaluate_real
 from sftk.data.sources import source
 from sftk.runtime.media import can_write_mp4, contact_sheet, to_uint8, video_grid, write_gif, write_mp4
 from sftk.runtime.mesh import Mesh
-from sftk.runtime.sampling import (
-    AnyStudentSampling,
-    StudentSampling,
-    TeacherSampling,
-    sample_latents,
-    sampling_problems,
-    student_graph,
-    teacher_graph,
-)
+from sftk.runtime.sampling import sample_latents
+from sftk.spec.sampling import AnyStudentSampling, StudentSampling, TeacherSampling, sampler_graph, sampling_problems
 from sftk.spec.schema import at_least
 
 FIGURES = "assets/digits/figures.json"
@@ -124,12 +117,12 @@ class DigitsEvaluator:
 
     def student(self, port: Any, frames: int, prompts: list[str], seed: int | None = None) -> Tensor:
         """Frames [N, F, 16, 16] of the student's rollout."""
-        graph = student_graph(self.options.student_sampling)
+        graph = sampler_graph(self.options.student_sampling)
         return self._sample(graph, port, frames, prompts, seed)
 
     def teacher(self, port: Any, prompts: list[str], seed: int | None = None) -> Tensor:
         """Frames [N, F, 16, 16] of the teacher's ODE."""
-        return self._sample(teacher_graph(self.options.teacher_sampling), port, self.frames, prompts, seed)
+        return self._sample(sampler_graph(self.options.teacher_sampling), port, self.frames, prompts, seed)
 
     def _sample(self, graph: Any, port: Any, frames: int, prompts: list[str], seed: int | None) -> Tensor:
         seed = self.options.seed if seed is None else seed
@@ -137,8 +130,7 @@ class DigitsEvaluator:
         data = source("digits")
         batch = self.options.batch
         latents = sample_latents(graph, port, prompts, data, shape, seed=seed, device=self.device, batch=batch, mesh=self.mesh)
-        assert data.decode is not None
-        return data.decode(latents)
+        return decode_latents(latents)
 
     def judge(self, video: Tensor, prompts: list[str]) -> Row:
         """The three metrics of the first window, and of the last one where the video is longer."""

@@ -1,4 +1,4 @@
-"""Loads a trained student from a run and samples videos from it."""
+"""Finds what a path means, a run, a checkpoint, weights, a recipe, and makes a sampler of it."""
 
 from __future__ import annotations
 
@@ -8,109 +8,134 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
 
-from sftk.data.sources import DataSource, source
-from sftk.errors import CheckpointError, SftkError, did_you_mean
+from sftk.data.choices import Choice
+from sftk.data.codecs import check_codec, make_codec
+from sftk.data.embedders import make_embedder
+from sftk.data.sources import source
+from sftk.errors import CheckpointError, DataError, SpecError, did_you_mean
 from sftk.models.config import WanConfig
 from sftk.models.formats import open_weights
 from sftk.models.tensor_files import split_entry
 from sftk.models.weight_folders import STEM
 from sftk.models.weights import build_model
+from sftk.runtime.build import weights_file
 from sftk.runtime.checkpoint import AVERAGE, OPTIMIZER, checkpoint_files, last_checkpoint
-from sftk.runtime.evaluators import evaluation_options
+from sftk.runtime.device import set_precision
 from sftk.runtime.port import Port
-from sftk.runtime.sampling import AnyStudentSampling, StudentSampling, sample_latents, student_graph
+from sftk.runtime.prompt_embeds import PromptEmbeds
+from sftk.runtime.sample_options import SampleOptions, sample_options, sampled_role
+from sftk.runtime.sampler import Sampler
 from sftk.spec.convert import structure
+from sftk.spec.data_files import choice_files, found_choice
 from sftk.spec.document import Document
-from sftk.spec.files import find_file
-from sftk.spec.params import spec_params
+from sftk.spec.fetch import download_of, how_to_get
 from sftk.spec.plugins import load_plugins
-from sftk.spec.recipe import load_recipe
+from sftk.spec.recipe import Stage, find_document, load_recipe
 from sftk.spec.schema import AUTO, Recipe
 from sftk.spec.source import read_yaml
 
-
-@attrs.frozen(kw_only=True, eq=False)
-class Student:
-    """A trained student, ready to sample.
-
-    Args:
-        port: the model behind the model port.
-        sampling: how it samples.
-        data: embeds prompts and decodes latents.
-        shape: frames, channels, height and width of its training clips.
-        weights: the file that it came from.
-        device: where it lives.
-    """
-
-    port: Any
-    sampling: AnyStudentSampling
-    data: DataSource
-    shape: tuple[int, int, int, int]
-    weights: Path
-    device: torch.device
-
-    def sample(self, prompts: Sequence[str], *, frames: int | None = None, seed: int = 0) -> Tensor:
-        """Videos for prompts.
-
-        Args:
-            prompts: texts.
-            frames: latent frames; by default as many as in training.
-            seed: of the noise; the same prompt at the same place gives the same video.
-
-        Returns:
-            [N, F, H, W] (or with a colour axis) in [0, 1], on the CPU.
-
-        Raises:
-            SftkError: the run's data set has no texts or no pictures.
-        """
-        if self.data.embed is None or self.data.decode is None:
-            raise SftkError("the data set of this run has neither texts nor pictures, so nothing can be sampled for a prompt")
-        shape = (frames or self.shape[0], *self.shape[1:])
-        graph = student_graph(self.sampling)
-        latents = sample_latents(graph, self.port, prompts, self.data, shape, seed=seed, device=self.device)
-        return self.data.decode(latents)
+RECIPES = (".yaml", ".yml")
 
 
-def load_student(
-    path: Path, *, role: str | None = None, device: torch.device | None = None, weights: Path | None = None
-) -> Student:
-    """A student from a run's folder, one of its checkpoints, or a weight file in one; or from a recipe and weights.
+def load_sampler(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    role: str | None = None,
+    device: torch.device | None = None,
+    weights: Path | None = None,
+) -> Sampler:
+    """A sampler of a run's model, or of a recipe's. Sizes are read here, weights when the first video is asked for.
 
     Args:
-        path: the folder or file.
-        role: which model; by default the evaluated student, or the only updated one. Its average is taken where one is kept.
-        device: where to put it.
-        weights: what `open_weights` reads, instead of the run's own; `path` may then be a recipe, whose student they are.
+        path: a run's folder, one of its checkpoints, a weight file in one; or a recipe.
+        overrides: `sampling.window=21` and the like, see `SampleOptions`.
+        role: which model; by default the first of the recipe's `sample`, the evaluated student, or the trained model. Of a run
+            its average is taken where one is kept.
+        device: where to put it; by default the CPU.
+        weights: what `open_weights` reads, instead of the run's or recipe's own.
 
     Raises:
         CheckpointError: there is no such checkpoint or role; the message lists what is there.
+        SpecError: the recipe or an override is wrong.
+
+    Example:
+        >>> load_sampler("recipes/dmd.yaml", ["sampling.window=9"]).options.sampling.window
+        9
+        >>> load_sampler("recipes/dmd.yaml", ["sampling.windw=9"])
+        Traceback (most recent call last):
+        sftk.errors.SpecError: unknown key 'windw' @ $.sampling (override 'sampling.windw=9'); did you mean 'window'?
     """
     path, device = Path(path), device or torch.device("cpu")
-    if weights is not None and path.suffix in (".yaml", ".yml"):
+    if path.suffix in RECIPES:
+        recipe_file, _ = find_document(path)
         last = load_recipe(path)[-1]
         document, recipe = last.document, last.recipe
-        sampling, evaluated = recipe_sampling(document, recipe)
+        role = role or sampled_role(document, recipe)
+        weights = weights or _recipe_weights(last, role)
     else:
-        recipe_file = _recipe_above(path)
-        if recipe_file is None:
-            raise CheckpointError(f"{path} does not lie in a run's folder (no recipe.yaml above it)")
+        above = _recipe_above(path)
+        if above is None:
+            hint = f"to sample weights of another place, `sftk sample RECIPE --weights {path}`"
+            raise CheckpointError(f"{path} does not lie in a run's folder (no recipe.yaml above it); {hint}")
+        recipe_file = above
         stage, document, recipe = _last_stage(recipe_file)
         load_plugins(recipe, document, recipe_file)
-        sampling, evaluated = recipe_sampling(document, recipe)
+        role = role or sampled_role(document, recipe)
         if weights is None:
-            weights = path if path.is_file() else _weights(path, recipe_file.parent, stage, role or evaluated, recipe)
-    config = _config_of(weights, recipe, role or evaluated or student_role(recipe))
-    model = build_model(config, weights=weights, seed=0, dtype="fp32", backend="auto", device=device).requires_grad_(False)
-    latents = recipe.latents
-    return Student(
-        port=Port(model, None),
-        sampling=sampling,
-        data=source(recipe.data.use).for_options(recipe.data.with_),
-        shape=(latents.frames, latents.channels, latents.height, latents.width),
-        weights=weights,
+            weights = path if path.is_file() else _weights(path, recipe_file.parent, stage, role)
+    options = sample_options(document, recipe, role, overrides)
+    options = attrs.evolve(
+        options,
+        text=_found("text", options.text, recipe, recipe_file),
+        codec=_found("codec", options.codec, recipe, recipe_file),
+    )
+    return make_sampler(options, recipe, _config_of(weights, recipe, role), weights, device)
+
+
+def _found(option: str, choice: Choice | None, recipe: Recipe, beside: Path) -> Choice | None:
+    """A choice with its files where they were found.
+
+    Raises:
+        DataError: one is not here yet; the message says how to get it.
+        SpecError: there is none.
+    """
+    try:
+        return found_choice(option, choice, beside)
+    except SpecError:
+        for _, name in choice_files(option, choice):
+            folder = download_of(name, recipe.fetch)
+            if folder is not None:
+                raise DataError(f"{name} ({option}) is not here; {how_to_get(folder, recipe.fetch)}") from None
+        raise
+
+
+def make_sampler(options: SampleOptions, recipe: Recipe, config: WanConfig, weights: Path, device: torch.device) -> Sampler:
+    """A sampler with the codec and the embedder that the options name, or else the recipe's data set.
+
+    Raises:
+        DataError: the codec or the embedder is unknown, or the codec makes other latents.
+    """
+
+    def load() -> Port:
+        compute = set_precision(options.precision)
+        dtype = options.precision if options.precision in ("bf16", "fp64") else "fp32"
+        model = build_model(config, weights=weights, seed=0, dtype=dtype, backend=options.backend, device=device)
+        return Port(model.requires_grad_(False), compute)
+
+    data = source(recipe.data.use)
+    embed: Any = data.embed if options.text is None else make_embedder(options.text)
+    codec = data.codec if options.codec is None else make_codec(options.codec)
+    if codec is not None:
+        check_codec(codec, options.latents.channels, "codec")
+    return Sampler(
+        options=options,
+        load=load,
+        embeds=None if embed is None else PromptEmbeds(embed),
+        codec=codec,
         device=device,
+        weights=weights,
     )
 
 
@@ -119,7 +144,7 @@ def find_weights(path: Path, *, role: str | None = None, average: bool = True) -
 
     Args:
         path: a run's folder, one of its checkpoints, or what `open_weights` reads.
-        role: which model of the run, see `load_student`.
+        role: which model of the run, see `load_sampler`.
         average: take the average where one is kept.
 
     Raises:
@@ -133,13 +158,19 @@ def find_weights(path: Path, *, role: str | None = None, average: bool = True) -
         return path
     stage, document, recipe = _last_stage(recipe_file)
     load_plugins(recipe, document, recipe_file)
-    _, evaluated = recipe_sampling(document, recipe)
-    return _weights(path, recipe_file.parent, stage, role or evaluated, recipe, average)
+    return _weights(path, recipe_file.parent, stage, role or sampled_role(document, recipe), average)
 
 
-def student_role(recipe: Recipe) -> str:
-    updated = [role for phase in recipe.phases for role in phase.roles]
-    return "generator" if "generator" in updated else updated[0]
+def _recipe_weights(stage: Stage, role: str) -> Path:
+    """What a recipe says a role's weights are."""
+    models = stage.recipe.models
+    backbones = [name for name, model in models.items() if model.size is not None]
+    if role not in backbones:
+        raise CheckpointError(f"{role!r} is not a backbone of {stage.path}; {did_you_mean(role, backbones)}")
+    weights = weights_file(models[role], stage, {})
+    if weights is None:
+        raise CheckpointError(f"{stage.path} names no weights of {role!r}; name some with --weights, or a run's folder")
+    return weights
 
 
 def _config_of(weights: Path, recipe: Recipe, role: str) -> WanConfig:
@@ -153,7 +184,8 @@ def _config_of(weights: Path, recipe: Recipe, role: str) -> WanConfig:
 
 def _recipe_above(path: Path) -> Path | None:
     if not path.exists():
-        raise CheckpointError(f"no such checkpoint {path}; expected a run's folder, a folder in its checkpoints/, or weights")
+        expected = "expected a run's folder, a folder in its checkpoints/, weights in one, or a recipe"
+        raise CheckpointError(f"no such checkpoint {path}; {expected}")
     return next((p / "recipe.yaml" for p in (path, *path.parents) if (p / "recipe.yaml").is_file()), None)
 
 
@@ -168,26 +200,7 @@ def _last_stage(file: Path) -> tuple[str, Document, Recipe]:
     return name, document, structure(document, Recipe)
 
 
-def recipe_sampling(document: Document, recipe: Recipe) -> tuple[AnyStudentSampling, str | None]:
-    """How the run's student samples: as it was evaluated, else as the phases' rollouts are bound."""
-    if recipe.eval is not None:
-        options = evaluation_options(document, recipe)
-        if getattr(options, "student", None) is not None:
-            return options.student_sampling, options.student
-    known = {field.name for field in attrs.fields(StudentSampling)}
-    bound: dict[str, Any] = {}
-    for phase in recipe.phases:
-        declared = spec_params(find_file(phase.graph)) if phase.graph is not None else {}
-        bound |= {name: phase.with_.get(name, declared[name]) for name in declared if name in known}
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in bound.items() if not _is_reference(v)}
-    return StudentSampling(**values), None
-
-
-def _is_reference(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith("$")
-
-
-def _weights(path: Path, run: Path, stage: str, role: str | None, recipe: Recipe, average: bool = True) -> Path:
+def _weights(path: Path, run: Path, stage: str, role: str, average: bool = True) -> Path:
     folder = (
         path
         if path.name.startswith("step_")
@@ -196,7 +209,6 @@ def _weights(path: Path, run: Path, stage: str, role: str | None, recipe: Recipe
     if folder is None:
         raise CheckpointError(f"{path} holds no complete checkpoint yet")
     files = {name: file for name, file in checkpoint_files(folder).items() if not name.endswith(OPTIMIZER)}
-    role = role or student_role(recipe)
     for name in (f"{role}{AVERAGE}", role) if average else (role,):
         if name in files:
             return files[name]

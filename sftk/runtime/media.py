@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -84,26 +84,48 @@ def write_mp4(path: str | Path, frames: Frames, fps: float, scale: int | None = 
         >>> write_mp4(Path(tempfile.mkdtemp()) / "clip.mp4", np.zeros((4, 16, 16), np.uint8), fps=8).name
         'clip.mp4'
     """
+    with open_mp4(path, fps, scale) as write:
+        write(frames)
+    return Path(path)
+
+
+@contextmanager
+def open_mp4(path: str | Path, fps: float, scale: int | None = None) -> Iterator[Callable[[Frames], None]]:
+    """Write an MP4 part by part, so that a long video need not be held; arguments and errors as in `write_mp4`.
+
+    Yields:
+        A function that appends frames; all of one size.
+
+    Example:
+        >>> import tempfile
+        >>> with open_mp4(Path(tempfile.mkdtemp()) / "clip.mp4", fps=8) as write:
+        ...     for _ in range(3):
+        ...         write(np.zeros((4, 16, 16), np.uint8))
+    """
     try:
         import av
     except ImportError as error:
         raise SftkError(f"write_mp4 needs PyAV ({error}); pip install av, or use write_gif") from error
     _check_fps(fps)
-    clip = _even(_magnify(_rgb(frames), scale))
     encoders = [name for name in ("libx264", "libopenh264") if name in av.codecs_available] + ["mpeg4"]
     quality = {"crf": "18"} if encoders[0] == "libx264" else {}
-    with _complete(path) as part, av.open(part, "w", format="mp4", options={"movflags": "faststart"}) as container:
+    with complete_file(path) as part, av.open(part, "w", format="mp4", options={"movflags": "faststart"}) as container:
         rate = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream(encoders[0], rate=rate, options=quality)
         assert isinstance(stream, av.VideoStream)
-        stream.height, stream.width = clip.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        if not quality:
-            stream.bit_rate = int(stream.width * stream.height * float(rate))
-        for image in clip:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+
+        def write(frames: Frames) -> None:
+            clip = _even(_magnify(_rgb(frames), scale))
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = clip.shape[1:3]
+                if not quality:
+                    stream.bit_rate = int(stream.width * stream.height * float(rate))
+            for image in clip:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+
+        yield write
         container.mux(stream.encode())
-    return Path(path)
 
 
 def write_gif(path: str | Path, frames: Frames, fps: float, scale: int | None = None) -> Path:
@@ -117,7 +139,7 @@ def write_gif(path: str | Path, frames: Frames, fps: float, scale: int | None = 
         'clip.gif'
     """
     data = gif_bytes(frames, fps, scale)
-    with _complete(path) as part:
+    with complete_file(path) as part:
         Path(part).write_bytes(data)
     return Path(path)
 
@@ -245,7 +267,7 @@ def contact_sheet(path: str | Path, rows: Sequence[tuple[str, Frames]], columns:
             if numbered:
                 draw.text((x + cell.shape[2] / 2, y + 19), str(pick[index]), _FAINT, font=font(11), anchor="ms")
         y += height
-    with _complete(path) as part:
+    with complete_file(path) as part:
         sheet.save(part, "PNG")
     return Path(path)
 
@@ -281,7 +303,7 @@ def _even(clip: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def _complete(path: str | Path) -> Iterator[str]:
+def complete_file(path: str | Path) -> Iterator[str]:
     """A name to write under; the file gets its real name when it is complete."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,118 +1,17 @@
-"""Videos from models: a student's cached rollout in few or in many steps, the teacher's many-step ODE."""
+"""Latents for prompts from a model, all frames of a batch at once; `sftk.runtime.streaming` makes them block by block."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-import attrs
 import torch
 from torch import Tensor
 
 from sftk.core.graph import Graph
 from sftk.data.sources import DataSource
-from sftk.errors import Problem, SpecError
 from sftk.functional.keys import Key
 from sftk.runtime.mesh import Mesh
-from sftk.spec.graphs import load_graph
-
-
-@attrs.frozen(kw_only=True)
-class StudentSampling:
-    """How a distilled student samples; the names are those of `specs/rollout.yaml`.
-
-    Keys are rotated to their place in the cache (`rope: relative`), so that videos longer than the window stay in the range of
-    positions that training saw.
-    """
-
-    spec: ClassVar[str] = "specs/rollout.yaml"
-
-    method: Literal["few_step"] = "few_step"
-    steps: tuple[float, ...] = (1000, 750, 500, 250)
-    shift: float = 5.0
-    warp: bool = True
-    frames_per_block: int = 3
-    independent_first_frame: bool = False
-    context_noise: float = 0.0
-    window: int | None = None
-    sink: int = 0
-    rope: str = "relative"
-    schedule: str = "continuous"
-
-
-@attrs.frozen(kw_only=True)
-class CausalOdeSampling:
-    """How a causal student that is not distilled samples, in many guided steps; the names are those of
-    `specs/sample_causal.yaml`."""
-
-    spec: ClassVar[str] = "specs/sample_causal.yaml"
-
-    method: Literal["causal_ode"]
-    steps: int = 50
-    shift: float = 5.0
-    guidance: float = 4.0
-    frames_per_block: int = 3
-    independent_first_frame: bool = False
-    context_noise: float = 0.0
-    window: int | None = None
-    sink: int = 0
-    rope: str = "relative"
-
-
-@attrs.frozen(kw_only=True)
-class TeacherSampling:
-    """How a teacher samples; the names are those of `specs/sample_ode.yaml`."""
-
-    spec: ClassVar[str] = "specs/sample_ode.yaml"
-
-    steps: int = 50
-    shift: float = 5.0
-    guidance: float = 4.0
-    average: bool = False
-
-
-AnyStudentSampling = StudentSampling | CausalOdeSampling
-"""What `student_sampling` may say; its `method` tells which."""
-
-
-def sampling_problems(sampling: AnyStudentSampling | TeacherSampling, frames: int) -> tuple[Problem, ...]:
-    """What is wrong with sampling `frames` frames; a problem's path is the option's name.
-
-    Example:
-        >>> [p.path for p in sampling_problems(StudentSampling(steps=(250, 500)), 21)]
-        [('steps',)]
-    """
-    try:
-        load_graph(sampling.spec, _params(sampling), frames=frames)
-    except SpecError as error:
-        return error.problems
-    return ()
-
-
-def student_graph(sampling: AnyStudentSampling) -> Graph:
-    """The rollout of a student as a graph: all steps, no gradient.
-
-    Example:
-        >>> student_graph(StudentSampling()).ports, student_graph(CausalOdeSampling(method="causal_ode", steps=2)).outputs
-        (('denoiser',), ('x0',))
-    """
-    whole = {"last_step_only": True} if isinstance(sampling, StudentSampling) else {}
-    return Graph.from_spec(sampling.spec, **whole, **_params(sampling)).subgraph(["x0"])
-
-
-def teacher_graph(sampling: TeacherSampling) -> Graph:
-    """The ODE sampler of a teacher as a graph.
-
-    Example:
-        >>> teacher_graph(TeacherSampling(steps=2)).outputs
-        ('x0',)
-    """
-    return Graph.from_spec(sampling.spec, **_params(sampling))
-
-
-def _params(sampling: AnyStudentSampling | TeacherSampling) -> dict[str, Any]:
-    """The parameters of its spec."""
-    return {name: value for name, value in attrs.asdict(sampling).items() if name != "method"}
 
 
 @torch.no_grad()
@@ -134,7 +33,7 @@ def sample_latents(
     Several ranks share the prompts. Each makes the same number of passes, as sharded models need every rank in each.
 
     Args:
-        graph: from `student_graph` or `teacher_graph`.
+        graph: from `sampler_graph`.
         denoiser: the model port.
         prompts: texts.
         data: embeds them.

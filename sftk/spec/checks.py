@@ -17,10 +17,11 @@ from sftk.data.sources import SOURCES, data_keys, data_problems
 from sftk.errors import DataError, Problem, SpecError, did_you_mean
 from sftk.models.branch import ClassifierBranch
 from sftk.spec.arrangement import sequence_problems
-from sftk.spec.data_files import Places, codec_files, named_files
+from sftk.spec.data_files import Places, choice_files, named_files
 from sftk.spec.document import Document
 from sftk.spec.fetch import download_of
 from sftk.spec.files import find_file
+from sftk.spec.sample_checks import sample_files, sample_findings
 from sftk.spec.schema import AUTO, ModelSection, PhaseSection, Recipe
 from sftk.spec.validators import PLAIN_NAME
 
@@ -48,6 +49,9 @@ class Checks:
         self._fetch()
         self._names()
         self.problems += [self.document.locate(problem) for problem in sequence_problems(self.recipe)]
+        for path, message, hint in sample_findings(self.recipe):
+            self._say(("sample", *path), message, hint)
+        self._files(("sample",), sample_files(self.recipe.sample))
         seen: dict[str, tuple[PhaseSection, Graph | None]] = {}
         for index, phase in enumerate(self.recipe.phases):
             self._phase(phase, index, seen)
@@ -110,7 +114,7 @@ class Checks:
         findings = list(choice_findings("codec", CODECS, codec))
         for path, message, hint in findings:
             self._say((*place, *path), message, hint)
-        self._files(place, codec_files(codec))
+        self._files(place, choice_files("codec", codec))
         if findings:
             return
         try:
@@ -192,8 +196,9 @@ class Checks:
         """A download that nothing names is a misspelt name on one side or the other."""
         recipe = self.recipe
         named = [model.weights for model in recipe.models.values() if model.weights is not None]
-        named += [name for model in recipe.models.values() for _, name in codec_files(model.codec)]
+        named += [name for model in recipe.models.values() for _, name in choice_files("codec", model.codec)]
         named += [name for _, name in named_files(recipe.data.use, recipe.data.with_)]
+        named += [name for _, name in sample_files(recipe.sample)]
         for folder, section in recipe.fetch.items():
             if not any(download_of(name, {folder: section}) for name in named):
                 hint = did_you_mean(folder, named) if named else None

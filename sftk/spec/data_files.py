@@ -28,14 +28,17 @@ def named_files(use: str, options: Mapping[str, Any]) -> Places:
         yield from _option_files(SOURCES[use].settings or SOURCES[use].make, options)
 
 
-def codec_files(codec: Any) -> Places:
-    """The same for a codec as a recipe writes it.
+def choice_files(option: str, choice: Any) -> Places:
+    """The same for a `text` or `codec` as a recipe writes it.
 
     Example:
-        >>> list(codec_files({"use": "wan_vae", "with": {"path": "wan_models/Wan2.1-T2V-1.3B"}}))
+        >>> list(choice_files("codec", {"use": "wan_vae", "with": {"path": "wan_models/Wan2.1-T2V-1.3B"}}))
         [(('with', 'path'), 'wan_models/Wan2.1-T2V-1.3B')]
     """
-    yield from _choice_files("codec", codec)
+    _, registry = CHOICES[option]
+    inner = choice.get("with") if isinstance(choice, Mapping) else None
+    if isinstance(inner, Mapping) and str(choice.get("use")) in registry:
+        yield from _under("with", _option_files(registry[choice["use"]], inner))
 
 
 def change_files(value: Mapping[str, Any], places: Places, change: Callable[[str], str]) -> dict[str, Any]:
@@ -43,11 +46,11 @@ def change_files(value: Mapping[str, Any], places: Places, change: Callable[[str
 
     Args:
         value: the options, or a choice.
-        places: from `named_files` or `codec_files`.
+        places: from `named_files` or `choice_files`.
 
     Example:
         >>> codec = {"use": "wan_vae", "with": {"path": "vae"}}
-        >>> change_files(codec, codec_files(codec), str.upper)
+        >>> change_files(codec, choice_files("codec", codec), str.upper)
         {'use': 'wan_vae', 'with': {'path': 'VAE'}}
     """
     changed = copy.deepcopy(dict(value))
@@ -71,8 +74,8 @@ def found_files(use: str, options: Mapping[str, Any], beside: Path | None) -> di
     return change_files(options, named_files(use, options), lambda name: str(find_file(name, beside)))
 
 
-def found_codec(codec: Any, beside: Path | None) -> Any:
-    """A codec (or None) with each file's name replaced by where it was found.
+def found_choice(option: str, choice: Any, beside: Path | None) -> Any:
+    """A `text` or `codec` (or None) with each file's name replaced by where it was found.
 
     Args:
         beside: the recipe.
@@ -80,9 +83,9 @@ def found_codec(codec: Any, beside: Path | None) -> Any:
     Raises:
         SpecError: a file is missing.
     """
-    if not isinstance(codec, Mapping):
-        return codec
-    return change_files(codec, codec_files(codec), lambda name: str(find_file(name, beside)))
+    if not isinstance(choice, Mapping):
+        return choice
+    return change_files(choice, choice_files(option, choice), lambda name: str(find_file(name, beside)))
 
 
 def _option_files(make: Callable[..., Any], options: Mapping[str, Any]) -> Places:
@@ -93,20 +96,13 @@ def _option_files(make: Callable[..., Any], options: Mapping[str, Any]) -> Place
         elif option not in annotations or not isinstance(value, Mapping):
             continue
         elif option in CHOICES:
-            yield from _under(option, _choice_files(option, value))
+            yield from _under(option, choice_files(option, value))
         elif option == "source":
             inner = value.get("with")
             if isinstance(inner, Mapping):
                 yield from _under(option, _under("with", named_files(str(value.get("use")), inner)))
         elif (section := section_class(annotations[option])) is not None:
             yield from _under(option, _option_files(section, value))
-
-
-def _choice_files(option: str, choice: Any) -> Places:
-    _, registry = CHOICES[option]
-    inner = choice.get("with") if isinstance(choice, Mapping) else None
-    if isinstance(inner, Mapping) and str(choice.get("use")) in registry:
-        yield from _under("with", _option_files(registry[choice["use"]], inner))
 
 
 def _under(key: str, places: Places) -> Places:

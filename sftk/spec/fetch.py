@@ -11,7 +11,7 @@ import attrs
 
 from sftk.errors import DataError, SpecError
 from sftk.models.tensor_files import split_entry
-from sftk.spec.data_files import codec_files, named_files
+from sftk.spec.data_files import choice_files, named_files
 from sftk.spec.files import find_file
 from sftk.spec.schema import FetchSection
 
@@ -78,7 +78,7 @@ def recipe_files(stage: Stage) -> tuple[NamedFile, ...]:
     for role, model in recipe.models.items():
         if model.weights is not None:
             used.setdefault(model.weights, []).append(f"models.{role}")
-        for path, name in codec_files(model.codec):
+        for path, name in choice_files("codec", model.codec):
             used.setdefault(name, []).append(".".join(("models", role, "codec", *map(str, path))))
     for path, name in named_files(recipe.data.use, recipe.data.with_):
         used.setdefault(name, []).append(".".join(("data", "with", *map(str, path))))

@@ -14,7 +14,7 @@ from sftk.errors import Problem, SpecError
 from sftk.spec.checks import Checks
 from sftk.spec.compat import compat_defaults
 from sftk.spec.convert import structure_what_fits
-from sftk.spec.data_files import change_files, codec_files, named_files
+from sftk.spec.data_files import change_files, choice_files, named_files
 from sftk.spec.document import Document
 from sftk.spec.dump import dump_yaml
 from sftk.spec.files import find_file, search_roots, show_path
@@ -56,13 +56,17 @@ class Stage:
             if isinstance(model.get("weights"), str):
                 model["weights"] = self._whole(model["weights"])
             if isinstance(model.get("codec"), dict):
-                model["codec"] = change_files(model["codec"], codec_files(model["codec"]), self._whole)
+                model["codec"] = change_files(model["codec"], choice_files("codec", model["codec"]), self._whole)
         for role, section in self.recipe.models.items():
             if value["models"][role].get("size") == AUTO:
                 value["models"][role]["size"] = written_size(section.size)
         if value["data"].get("with"):
             options = value["data"]["with"]
             value["data"]["with"] = change_files(options, named_files(value["data"]["use"], options), self._whole)
+        for option in ("text", "codec"):
+            choice = (value.get("sample") or {}).get(option)
+            if isinstance(choice, dict):
+                value["sample"][option] = change_files(choice, choice_files(option, choice), self._whole)
         if value.get("plugins"):
             value["plugins"] = [self._whole(name) if name.endswith(".py") else name for name in value["plugins"]]
         return value

@@ -11,6 +11,7 @@ from sftk.functional.attention import Backend
 from sftk.models.branch import BranchConfig
 from sftk.models.config import PRESETS, WanConfig, preset
 from sftk.spec.parallel import ModelParallel, ParallelSection
+from sftk.spec.sampling import SampleSection
 from sftk.spec.validators import above, at_least, plain_name, within
 
 AUTO = "auto"
@@ -273,6 +274,7 @@ class Recipe:
     ema: dict[str, EmaSection] = attrs.field(factory=dict)
     fetch: dict[str, FetchSection] = attrs.field(factory=dict)
     eval: EvalSection | None = None
+    sample: SampleSection = attrs.field(factory=SampleSection)
     checkpoint: CheckpointSection = attrs.field(factory=CheckpointSection)
     parallel: ParallelSection = attrs.field(factory=ParallelSection)
     track: TrackSection = attrs.field(factory=TrackSection)

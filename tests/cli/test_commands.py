@@ -185,7 +185,8 @@ def test_sample_several_prompts_seeds_and_formats(finished, tmp_path):
         (("sample", "RUN", "--prompt", "a 3 moving left", "--frames", "4"), 1, "4 frames do not divide into blocks of 3"),
         (("sample", "RUN", "--prompt", "a cat"), 1, "error: "),
         (("sample", "RUN", "--prompt", "a 3 moving left", "--role", "generatr"), 1, "did you mean 'generator'?"),
-        (("sample", "RUN"), 2, "Missing option '--prompt'"),
+        (("sample", "RUN"), 2, "nothing to show: give --prompt TEXT or --prompts FILE"),
+        (("sample", "RUN", "--prompt", "a 3 moving left", "sampling.windw=3"), 2, "did you mean 'window'?"),
         (("export", "RUN", "x.safetensors", "--dtype", "int4"), 2, "'int4' is not one of"),
         (
             ("run", "recipes/dmd.yaml", "--run-dir", "RUN"),

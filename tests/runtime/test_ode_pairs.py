@@ -23,7 +23,7 @@ from sftk.errors import CheckpointError, DataError, SpecError
 from sftk.functional.keys import Key
 from sftk.models.wan import WanModel
 from sftk.models.weights import read_config
-from sftk.runtime.inference import load_student
+from sftk.runtime.inference import load_sampler
 from sftk.runtime.loader import make_loader
 from sftk.runtime.ode_pairs import file_digest, make_pairs, pair_job
 from sftk.runtime.port import Port
@@ -280,7 +280,7 @@ def test_a_run_makes_its_pairs_first_and_lists_what_it_leaves_out(recipe, tmp_pa
     path, console = recipe(), Console(file=io.StringIO(), width=200)
     run = run_recipe(path, ["data.with.count=6", "data.with.codec=digits"], run_dir=tmp_path / "run", console=console)
     assert run.summary.is_file()
-    video = load_student(run.root).sample(["a 3 moving left"])
+    video = load_sampler(run.root).sample(["a 3 moving left"])
     assert video.shape == (1, 6, 16, 16)
     said = console.file.getvalue()
     assert f"{tmp_path}/pairs: making ODE pairs 1 to 6, 8 steps, kept at 1000, 900, 750, 500, 0\nODE pairs" in said

@@ -9,22 +9,15 @@ from sftk.data.sources import source
 from sftk.errors import SpecError
 from sftk.runtime.evaluate import DigitsEvaluation
 from sftk.runtime.port import Port
-from sftk.runtime.sampling import (
-    CausalOdeSampling,
-    StudentSampling,
-    TeacherSampling,
-    sample_latents,
-    sampling_problems,
-    student_graph,
-    teacher_graph,
-)
+from sftk.runtime.sampling import sample_latents
 from sftk.spec.convert import structure
+from sftk.spec.sampling import CausalOdeSampling, StudentSampling, TeacherSampling, sampler_graph, sampling_problems
 from sftk.spec.source import parse_yaml
 
 PROMPTS = ["a 3 moving left", "a 5 moving up", "a 0 moving right"]
 STUDENT = StudentSampling(steps=(1000, 500), shift=3.0, window=6)
 CAUSAL = CausalOdeSampling(method="causal_ode", steps=2, shift=3.0, guidance=2.0, window=6)
-students = pytest.mark.parametrize("graph", [student_graph(STUDENT), student_graph(CAUSAL)], ids=["few_step", "causal_ode"])
+students = pytest.mark.parametrize("graph", [sampler_graph(STUDENT), sampler_graph(CAUSAL)], ids=["few_step", "causal_ode"])
 
 
 def sample(model, graph, prompts=PROMPTS, frames=6, seed=1, **options):
@@ -39,7 +32,7 @@ def model(make_model):
 
 @pytest.mark.parametrize(
     "graph",
-    [student_graph(STUDENT), student_graph(CAUSAL), teacher_graph(TeacherSampling(steps=2))],
+    [sampler_graph(STUDENT), sampler_graph(CAUSAL), sampler_graph(TeacherSampling(steps=2))],
     ids=["few_step", "causal_ode", "teacher"],
 )
 def test_the_batch_does_not_matter_and_the_seed_does(model, graph):
@@ -82,8 +75,8 @@ def test_problems_are_named_by_option(sampling, wrong):
 
 def test_one_causal_block_without_guidance_is_what_the_teacher_samples(model):
     """With one block there is no context, and block-causal attention is bidirectional."""
-    causal = student_graph(CausalOdeSampling(method="causal_ode", steps=5, shift=3.0, guidance=1.0, frames_per_block=6))
-    whole = teacher_graph(TeacherSampling(steps=5, shift=3.0, guidance=1.0))
+    causal = sampler_graph(CausalOdeSampling(method="causal_ode", steps=5, shift=3.0, guidance=1.0, frames_per_block=6))
+    whole = sampler_graph(TeacherSampling(steps=5, shift=3.0, guidance=1.0))
     torch.testing.assert_close(sample(model, causal), sample(model, whole), rtol=1e-5, atol=1e-5)
 
 

@@ -60,7 +60,7 @@ def test_a_misspelt_name_is_an_error_still(name):
 
 def test_a_download_that_nothing_names_is_an_error():
     with pytest.raises(SpecError, match=r"nothing in this recipe names 'wan_models/Wan2.1-T2V-1.3B'.*@ \$.fetch"):
-        load_recipe(RECIPE, ["models.real_score.weights=null", "models.fake_score.weights=null"])
+        load_recipe(RECIPE, ["models.real_score.weights=null", "models.fake_score.weights=null", "sample={}"])
 
 
 def test_a_run_asks_for_the_download():
