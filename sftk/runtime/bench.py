@@ -206,8 +206,8 @@ class _Run:
         """Pictures of a rollout, and how many a second."""
         recipe = self.variant.stage.recipe
         frames = recipe.latents.frames
-        own = source(recipe.data.use).decode is not None  # the embedded task has a picture for each latent frame
-        pictures = recipe.batch.split()[0] * (frames if own else 1 + TEMPORAL_FACTOR * (frames - 1))
+        codec = source(recipe.data.use).codec  # the embedded task has a picture for each latent frame
+        pictures = recipe.batch.split()[0] * (1 + TEMPORAL_FACTOR * (frames - 1) if codec is None else codec.pixel_frames(frames))
         return {"pictures": pictures, "pictures_per_second": pictures / row["seconds"]}
 
     def _profile(self, place: str, run: Callable[[], Any], folder: Path) -> None:
