@@ -207,7 +207,8 @@ class _Run:
         recipe = self.variant.stage.recipe
         frames = recipe.latents.frames
         codec = source(recipe.data.use).codec  # the embedded task has a picture for each latent frame
-        pictures = recipe.batch.split()[0] * (1 + TEMPORAL_FACTOR * (frames - 1) if codec is None else codec.pixel_frames(frames))
+        clip = 1 + TEMPORAL_FACTOR * (frames - 1) if codec is None else codec.pixel_frames(frames)
+        pictures = recipe.batch.split()[0] * clip
         return {"pictures": pictures, "pictures_per_second": pictures / row["seconds"]}
 
     def _profile(self, place: str, run: Callable[[], Any], folder: Path) -> None:
