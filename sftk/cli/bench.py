@@ -7,8 +7,13 @@ from pathlib import Path
 
 import click
 
+from sftk.runtime.attention_choice import choose, save_choice
 from sftk.runtime.bench import BenchOptions, run_bench, write_json
+from sftk.runtime.bench_attention import attention_lines, bench_attention, model_shapes
 from sftk.runtime.bench_report import read_report, report_lines
+from sftk.runtime.device import pick_device, set_precision
+from sftk.runtime.inference import student_role
+from sftk.spec.recipe import load_recipe
 from sftk.spec.variants import load_variants
 
 DEFAULT_RECIPE = "benchmarks/dmd_1.3b.yaml"
@@ -72,8 +77,7 @@ def recipe(
 
     Without RECIPE it is a DMD step at the size of Wan 2.1 1.3B with random weights.
     """
-    named = arguments and "=" not in arguments[0]
-    chosen, overrides = (arguments[0], arguments[1:]) if named else (DEFAULT_RECIPE, arguments)
+    chosen, overrides = _recipe(arguments)
     before = None if against is None else read_report(against)
     options = BenchOptions(
         only=only, exit_steps=exit_steps, repeats=repeats, warmup=warmup, most_seconds=seconds, profile=profile
@@ -87,3 +91,40 @@ def recipe(
     click.echo("\n".join(report_lines(report, before)))
     if any("error" in found for variant in report["variants"] for found in (variant, *variant["rows"])):
         sys.exit(1)
+
+
+@bench.command()
+@click.argument("arguments", nargs=-1, metavar="[RECIPE] [KEY.PATH=VALUE]...")
+@click.option("--only", type=Words(), default="", help="Shapes: full, cached, block_causal, cross.")
+@click.option("--steps", "repeats", default=5, show_default=True, type=click.IntRange(1), help="Measured repeats.")
+@click.option(
+    "--frames-per-block", default=3, show_default=True, type=click.IntRange(1), help="Of cached and block-causal passes."
+)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report here.")
+@click.option("--save", is_flag=True, help="Let `backend: auto` take the fastest on this device from now on.")
+def attention(
+    arguments: tuple[str, ...], only: tuple[str, ...], repeats: int, frames_per_block: int, json_file: Path | None, save: bool
+) -> None:
+    """Measure attention at the shapes of RECIPE's student: each backend's TFLOP/s, and its error against float32."""
+    chosen, overrides = _recipe(arguments)
+    stage = load_recipe(chosen, overrides)[-1]
+    device = pick_device(stage.recipe.device)
+    heads, shapes = model_shapes(stage, student_role(stage.recipe), frames_per_block)
+    kinds = list(dict.fromkeys(shape.name.split()[0] for shape in shapes))
+    for name in only:
+        if name not in kinds:
+            raise click.BadParameter(f"there is no shape {name!r}, only {', '.join(kinds)}", param_hint="--only")
+    wanted = [shape for shape in shapes if not only or shape.name.split()[0] in only]
+    set_precision("fp32")  # the reference is exact
+    report = bench_attention(heads, wanted, device, repeats=repeats, say=lambda line: click.echo(line, err=True))
+    if json_file is not None:
+        write_json(report, json_file)
+    click.echo("\n".join(attention_lines(report)))
+    if save:
+        click.echo(f"kept for `backend: auto`: {save_choice(choose(report))}")
+
+
+def _recipe(arguments: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """The recipe that is named, or the benchmark's, and the overrides."""
+    named = arguments and "=" not in arguments[0]
+    return (arguments[0], arguments[1:]) if named else (DEFAULT_RECIPE, arguments)

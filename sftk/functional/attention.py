@@ -19,7 +19,16 @@ from sftk.errors import ShapeError, SpecError
 from sftk.functional.layout import Layout, flex_mask, token_mask
 from sftk.functional.meta_attention import SeenPairs, meta_attention
 
-Backend = Literal["auto", "sdpa", "math", "flex", "flash"]
+Backend = Literal["auto", "sdpa", "sdpa_cudnn", "sdpa_flash", "math", "flex", "flash"]
+
+_KERNELS = {
+    "math": SDPBackend.MATH,
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+}
+"""Backends that hold PyTorch to one of its kernels."""
+UNMASKED: tuple[Backend, ...] = ("sdpa_cudnn", "sdpa_flash", "flash")
+"""Backends for CUDA in half precision that take no mask."""
 
 
 Mask = Any
@@ -48,8 +57,10 @@ def attention_mask(layout: Layout | None, tokens_per_frame: int, device: torch.d
     backend = "math" if _exact else backend
     if device.type == "meta" and backend != "math":
         return SeenPairs(int(layout.frame_mask().sum()) * tokens_per_frame**2)
-    if backend == "flash":
-        raise SpecError("the attention backend 'flash' takes no layout; use 'flex' for block-causal and teacher-forcing passes")
+    if backend in UNMASKED:
+        raise SpecError(
+            f"the attention backend {backend!r} takes no layout; use 'flex' for block-causal and teacher-forcing passes"
+        )
     if backend == "flex" or (backend == "auto" and device.type == "cuda"):
         return flex_mask(layout, tokens_per_frame, device)
     return token_mask(layout, tokens_per_frame, device)
@@ -61,9 +72,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Ba
     Args:
         q: [B, Lq, H, D]; k, v: [B, Lk, H, D].
         mask: who sees whom, from `attention_mask`; None is full attention.
-        backend: `sdpa` is PyTorch's fused attention, `math` its unfused one (which has second derivatives and forward mode),
-            `flex` FlexAttention for masks, `flash` FlashAttention when it is installed (no mask, CUDA, half precision).
-            `auto` is flex for a `BlockMask`, otherwise sdpa.
+        backend: `sdpa` is PyTorch's fused attention with the kernel that it picks, `sdpa_cudnn` with cuDNN's, `sdpa_flash`
+            with its FlashAttention 2; `math` its unfused one (which has second derivatives and forward mode), `flex`
+            FlexAttention for masks, `flash` FlashAttention when it is installed. Those in `UNMASKED` need CUDA and half
+            precision, and take no mask. `auto` is flex for a `BlockMask`, otherwise sdpa or what `set_auto` says.
 
     Returns:
         [B, Lq, H, D], q's dtype.
@@ -80,22 +92,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Ba
     if q.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ShapeError(f"attention takes [B, L, H, D]; found q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}")
     backend = "math" if _exact else backend
+    if backend == "auto" and mask is None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        backend = _auto["training" if torch.is_grad_enabled() else "forward"]
     if q.is_meta and backend != "math":
         return meta_attention(q, k, v, mask)
+    if backend in UNMASKED and (mask is not None or not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16)):
+        found = f"{q.dtype} on {q.device.type}{'' if mask is None else ' with a mask'}"
+        raise SpecError(
+            f"the attention backend {backend!r} needs bf16 or fp16 on CUDA without a mask, found {found}; use 'sdpa'"
+        )
     if backend == "flash":
-        if mask is not None or not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
-            found = f"{q.dtype} on {q.device.type}{'' if mask is None else ' with a mask'}"
-            raise SpecError(
-                f"the attention backend 'flash' needs bf16 or fp16 on CUDA without a mask, found {found}; use 'sdpa'"
-            )
         return _flash(q, k, v)
     heads = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     if mask is not None and not isinstance(mask, Tensor):
         if not _exact:
             return _flex(*heads, mask).transpose(1, 2)
         mask = _dense(mask, q.shape[1], k.shape[1], q.device)
-    if backend == "math":
-        with sdpa_kernel(SDPBackend.MATH):
+    if backend in _KERNELS:
+        with sdpa_kernel(_KERNELS[backend]):
             return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2)
     return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2)
 
@@ -107,8 +121,27 @@ def available_backends() -> tuple[Backend, ...]:
         >>> "sdpa" in available_backends()
         True
     """
-    flash = torch.cuda.is_available() and _flash_function(missing_ok=True) is not None
-    return ("sdpa", "math", "flex", "flash") if flash else ("sdpa", "math", "flex")
+    everywhere: tuple[Backend, ...] = ("sdpa", "math", "flex")
+    if not torch.cuda.is_available():
+        return everywhere
+    with_cuda = (*everywhere, "sdpa_cudnn", "sdpa_flash")
+    return with_cuda if _flash_function(missing_ok=True) is None else (*with_cuda, "flash")
+
+
+_auto: dict[str, Backend] = {"forward": "sdpa", "training": "sdpa"}
+
+
+def set_auto(*, forward: Backend = "sdpa", training: Backend = "sdpa") -> None:
+    """Sets what `auto` takes in this process on CUDA in half precision without a mask: what `sftk bench attention` measured.
+
+    Args:
+        forward: where gradients are off. training: where they are on.
+
+    Example:
+        >>> set_auto(forward="sdpa_cudnn")
+        >>> set_auto()
+    """
+    _auto.update(forward=forward, training=training)
 
 
 _exact = 0

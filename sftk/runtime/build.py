@@ -19,6 +19,7 @@ from sftk.errors import CheckpointError
 from sftk.models.branch import ClassifierBranch
 from sftk.models.wan import WanModel
 from sftk.models.weights import build_module
+from sftk.runtime.attention_choice import use_choice
 from sftk.runtime.device import set_precision
 from sftk.runtime.ema import Ema
 from sftk.runtime.gradients import GradientSync
@@ -106,6 +107,7 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder, mesh:
         for role, ema in recipe.ema.items()
     }
     dtype = set_precision(recipe.precision)
+    use_choice(device)
     ports: dict[str, Any] = {role: make_port(module, dtype) for role, module in modules.items()}
     for role, section in recipe.models.items():
         if section.ema_of is not None:

@@ -93,7 +93,8 @@ def _devices(stage: Stage) -> Iterator[Finding]:
     yield Finding(kind="ok", text="attention: " + ", ".join(backends))
     for role, model in stage.recipe.models.items():
         if model.backend != "auto" and model.backend not in backends:
-            yield Finding(kind="missing", text=f"attention: {role} asks for {model.backend!r}; pip install 'sftk[flash]'")
+            fix = "pip install 'sftk[flash]'" if model.backend == "flash" else "it needs CUDA"
+            yield Finding(kind="missing", text=f"attention: {role} asks for {model.backend!r}; {fix}")
 
 
 def _one_pass(stage: Stage):

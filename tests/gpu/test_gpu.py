@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 
-from sftk.functional.attention import attention, attention_mask, available_backends, exact_derivatives
+from sftk.functional.attention import UNMASKED, attention, attention_mask, available_backends, exact_derivatives
 from sftk.functional.keys import Key
 from sftk.functional.layout import Layout
 from sftk.models import WanConfig, WanModel
 from sftk.models.text import load_text_encoder
 from sftk.models.vae import WanVae, decode, decode_block
+from sftk.runtime.bench_attention import Heads, Shape, bench_attention
 from sftk.runtime.parallelize import parallelize
 from sftk.runtime.run import run_recipe
 
@@ -47,11 +48,27 @@ def test_flex_equals_dense_attention_with_its_gradients(kind, window):
         assert (ours - reference).norm() / reference.norm() < 2e-3
 
 
-@pytest.mark.skipif("flash" not in available_backends(), reason="FlashAttention is not installed")
-def test_flash_equals_sdpa():
-    q, k, v = (torch.randn(1, 256, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    ours, reference = attention(q, k, v, backend="flash"), attention(q, k, v, backend="sdpa")
-    assert (ours.float() - reference.float()).norm() / reference.float().norm() < 1e-2
+@pytest.mark.parametrize("backend", ["sdpa", *UNMASKED])
+@pytest.mark.parametrize("shape", [Shape(name="full", queries=256, keys=256), Shape(name="cross", queries=320, keys=96)])
+def test_unmasked_backends_are_exact_with_their_gradients(backend, shape):
+    if backend not in available_backends():
+        pytest.skip(f"{backend} is not installed")
+    heads = Heads(batch=2, heads=4, head_dim=128, dtype=torch.bfloat16)
+    report = bench_attention(heads, [shape], torch.device("cuda"), repeats=1)
+    (row,) = [row for row in report["rows"] if row["backend"] == backend]
+    assert "error" not in row, row["error"]
+    assert max(row["errors"].values()) < 1e-2
+
+
+def test_layouts_are_exact_by_mask_and_by_spans():
+    layout, tokens = Layout(kind="block_causal", blocks=(1, 3, 3)), 96
+    shape = Shape(name="block_causal", queries=7 * tokens, keys=7 * tokens, layout=layout, tokens_per_frame=tokens)
+    heads = Heads(batch=1, heads=4, head_dim=128, dtype=torch.bfloat16)
+    rows = {row["backend"]: row for row in bench_attention(heads, [shape], torch.device("cuda"), repeats=1)["rows"]}
+    assert {"flex", "spans/sdpa", "spans/sdpa_cudnn", "spans/sdpa_flash"} <= set(rows)
+    for name, row in rows.items():
+        assert "error" not in row, (name, row["error"])
+        assert max(row["errors"].values()) < 1e-2, name
 
 
 def test_the_model_equals_itself_on_the_cpu():

@@ -79,14 +79,16 @@ def report(*rows, name="one"):
         "models": {"g": {"dtype": "fp32", "checkpoint": "full", "backend": "auto"}},
         "rows": list(rows),
     }
-    device = {"type": "cuda", "name": "NVIDIA H100", "driver": "580.1", "cuda": "13.0", "torch": "2.11", "attention": ["sdpa"]}
+    versions = {"driver": "580.1", "cuda": "13.0", "torch": "2.11"}
+    auto = {"forward": "sdpa_cudnn", "training": "sdpa"}
+    device = {"type": "cuda", "name": "NVIDIA H100", **versions, "attention": ["sdpa"], "auto": auto}
     return {"device": device, "variants": [variant]}
 
 
 def test_a_report_shows_rows_failures_and_what_got_worse():
     now = report(row("g", 3, 4.0, allocated=3 << 30), failed_row("c", None, "OutOfMemoryError: 80 GiB"))
     lines = list(report_lines(now, report(row("g", 3, 2.0, allocated=2 << 30), name="other")))
-    assert lines[0] == "NVIDIA H100; driver 580.1, cuda 13.0, torch 2.11; attention sdpa"
+    assert lines[0] == "NVIDIA H100; driver 580.1, cuda 13.0, torch 2.11; attention sdpa; auto is sdpa_cudnn and sdpa"
     assert lines[2].startswith("one: latents 21 x 16 x 60 x 104, batch 2 x 1, bf16, compiled, attention/checkpoint auto/full")
     assert " ".join(lines[3].split()) == "case seconds low - high n host TFLOP TFLOP/s floor of it GiB reserved before"
     assert lines[4].endswith("2, +100.0% SLOWER, +50% MORE MEMORY")

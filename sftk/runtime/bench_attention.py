@@ -1,0 +1,278 @@
+"""`sftk bench attention`: every backend at a model's shapes, in TFLOP/s, with its error against float32."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+import sftk
+from sftk.core.geometry import split_blocks
+from sftk.functional.attention import UNMASKED, Backend, attention, attention_mask, available_backends
+from sftk.functional.attention_spans import attention_by_spans
+from sftk.functional.layout import Layout
+from sftk.functional.meta_attention import BACKWARD_OP, FORWARD_OP, attention_flops
+from sftk.runtime.bench_device import device_facts
+from sftk.runtime.bench_measure import measure
+from sftk.spec.recipe import Stage
+
+CHUNK = 512
+"""Queries of one step of the reference: it holds their scores with all keys in float32."""
+QUEUED = 10
+"""Calls that are timed together on a GPU, so that it never waits for the host."""
+MOST_SCORES = 2**31
+"""Bytes of scores from which `math`, which holds them all, is left out."""
+SPANS = "spans/"
+"""In front of a backend's name: a layout as its calls without a mask."""
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@attrs.frozen(kw_only=True)
+class Shape:
+    """A shape at which a model calls attention.
+
+    Args:
+        name: `full`, `cached <blocks of context>`, `block_causal` or `cross`.
+        queries, keys: tokens. layout: who sees whom, or None for all. tokens_per_frame: of the layout's frames.
+    """
+
+    name: str
+    queries: int
+    keys: int
+    layout: Layout | None = None
+    tokens_per_frame: int = 1
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key that see each other."""
+        if self.layout is None:
+            return self.queries * self.keys
+        return int(self.layout.frame_mask().sum()) * self.tokens_per_frame**2
+
+
+@attrs.frozen(kw_only=True)
+class Heads:
+    """What all shapes of a model share."""
+
+    batch: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+
+def model_shapes(stage: Stage, role: str, frames_per_block: int = 3) -> tuple[Heads, tuple[Shape, ...]]:
+    """The shapes of a role's attention: one pass over all frames, blocks after any context, block-causal, and the text.
+
+    Example:
+        >>> from sftk.spec.recipe import load_recipe
+        >>> heads, shapes = model_shapes(load_recipe("benchmarks/dmd_1.3b.yaml")[0], "generator")
+        >>> [(shape.name, shape.queries, shape.keys) for shape in shapes][:3]
+        [('full', 32760, 32760), ('cached 0', 4680, 4680), ('cached 1', 4680, 9360)]
+    """
+    recipe = stage.recipe
+    config, latents = recipe.models[role].config, recipe.latents
+    _, rows, columns = config.patch_size
+    tokens, frames = latents.height // rows * (latents.width // columns), latents.frames
+    blocks = split_blocks(frames, frames_per_block, False)
+    layout = Layout(kind="block_causal", blocks=blocks)
+    cached = [
+        Shape(name=f"cached {index}", queries=length * tokens, keys=sum(blocks[: index + 1]) * tokens)
+        for index, length in enumerate(blocks)
+    ]
+    everything = frames * tokens
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    heads = Heads(batch=recipe.batch.split()[0], heads=config.num_heads, head_dim=config.head_dim, dtype=dtype)
+    return heads, (
+        Shape(name="full", queries=everything, keys=everything),
+        *cached,
+        Shape(name="block_causal", queries=everything, keys=everything, layout=layout, tokens_per_frame=tokens),
+        Shape(name="cross", queries=everything, keys=config.text_len),
+    )
+
+
+def candidates(shape: Shape, heads: Heads, device: torch.device) -> dict[str, Attend]:
+    """What can compute a shape on a device, by name: backends, and with a layout their calls over spans, too."""
+    found: dict[str, Attend] = {}
+    for backend in available_backends():
+        scores = 4 * heads.batch * heads.heads * shape.queries * shape.keys
+        if backend == "math" and scores > MOST_SCORES:
+            continue
+        plain: Attend = functools.partial(_plain, backend=backend)
+        if shape.layout is None:
+            if backend != "flex":
+                found[backend] = plain
+            continue
+        if backend == "flex" or (backend not in UNMASKED and scores <= MOST_SCORES):
+            found[backend] = functools.partial(_masked, shape=shape, device=device, backend=backend)
+        if backend != "flex":
+            found[SPANS + backend] = functools.partial(
+                attention_by_spans, layout=shape.layout, tokens_per_frame=shape.tokens_per_frame, attend=plain
+            )
+    return found
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend) -> Tensor:
+    return attention(q, k, v, backend=backend)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, *, shape: Shape, device: torch.device, backend: Backend) -> Tensor:
+    mask = attention_mask(shape.layout, shape.tokens_per_frame, device, backend)
+    return attention(q, k, v, mask=mask, backend=backend)
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, cotangent: Tensor, shape: Shape, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention and its gradients in float32 (or float64), some queries at a time.
+
+    Args:
+        q: [B, Lq, H, D]; k, v: [B, Lk, H, D]. cotangent: [B, Lq, H, D], of the output.
+
+    Returns:
+        Output and gradients of q, k and v.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v, cotangent = (x.detach().to(wide) for x in (q, k, v, cotangent))
+    k, v = k.requires_grad_(), v.requires_grad_()
+    seen = None if shape.layout is None else shape.layout.frame_mask(q.device)
+    frame = torch.arange(k.shape[1], device=q.device) // shape.tokens_per_frame
+    outs, grads = [], []
+    for start in range(0, q.shape[1], chunk):
+        part = q[:, start : start + chunk].clone().requires_grad_()
+        scores = torch.einsum("bqhd,bkhd->bhqk", part, k) / q.shape[-1] ** 0.5
+        if seen is not None:
+            scores = scores.masked_fill(~seen[frame[start : start + chunk]][:, frame], float("-inf"))
+        out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+        out.backward(cotangent[:, start : start + chunk])
+        outs.append(out.detach())
+        grads.append(part.grad)
+    assert k.grad is not None and v.grad is not None
+    return torch.cat(outs, 1), torch.cat(grads, 1), k.grad, v.grad
+
+
+def bench_attention(
+    heads: Heads,
+    shapes: Sequence[Shape],
+    device: torch.device,
+    *,
+    repeats: int = 5,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measures every candidate at every shape.
+
+    Returns:
+        The report: facts about the device, and a row for each shape and candidate, with `forward` and `training` (forward and
+        backward) in seconds and TFLOP/s, and the relative errors of output and gradients. What fails leaves its error.
+
+    Example:
+        >>> heads = Heads(batch=1, heads=1, head_dim=8, dtype=torch.float32)
+        >>> report = bench_attention(heads, [Shape(name="full", queries=8, keys=8)], torch.device("cpu"), repeats=1)
+        >>> [row["backend"] for row in report["rows"]]
+        ['sdpa', 'math']
+    """
+    report: dict[str, Any] = {"sftk": sftk.__version__, "device": device_facts(device)}
+    report |= {"batch": heads.batch, "heads": heads.heads, "head_dim": heads.head_dim, "dtype": str(heads.dtype)}
+    rows: list[dict[str, Any]] = []
+    for shape in shapes:
+        say(shape.name)
+        rows += _rows(heads, shape, device, repeats)
+    return report | {"rows": rows}
+
+
+def _rows(heads: Heads, shape: Shape, device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(tokens: int) -> Tensor:
+        drawn = torch.randn(heads.batch, tokens, heads.heads, heads.head_dim, device=device, generator=generator)
+        return drawn.to(heads.dtype)
+
+    q, k, v, cotangent = draw(shape.queries), draw(shape.keys), draw(shape.keys), draw(shape.queries)
+    expected = reference(q, k, v, cotangent, shape)
+    forward = attention_flops(FORWARD_OP, (q, k, v, shape.pairs)) / 1e12
+    backward = attention_flops(BACKWARD_OP, (q, k, v, shape.pairs)) / 1e12
+    for name, attend in candidates(shape, heads, device).items():
+        row: dict[str, Any] = {"shape": shape.name, "queries": shape.queries, "keys": shape.keys, "backend": name}
+        try:
+            row |= _measured(attend, (q, k, v), cotangent, expected, (forward, forward + backward), device, repeats)
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        yield row
+
+
+def _measured(
+    attend: Attend,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    cotangent: Tensor,
+    expected: tuple[Tensor, ...],
+    tflop: tuple[float, float],
+    device: torch.device,
+    repeats: int,
+) -> dict[str, Any]:
+    leaves = tuple(x.detach().clone().requires_grad_() for x in inputs)
+    times = QUEUED if device.type == "cuda" else 1
+
+    @torch.no_grad()
+    def forward() -> None:
+        for _ in range(times):
+            attend(*inputs)
+
+    def training() -> None:
+        for _ in range(times):
+            torch.autograd.grad(attend(*leaves), leaves, cotangent)
+
+    out = attend(*leaves)
+    found = (out, *torch.autograd.grad(out, leaves, cotangent))
+    names = ("out", "q", "k", "v")
+    row: dict[str, Any] = {
+        "errors": {name: relative_error(ours, exact) for name, ours, exact in zip(names, found, expected, strict=True)}
+    }
+    del out, found
+    for name, call, work in zip(("forward", "training"), (forward, training), tflop, strict=True):
+        measured = measure(call, device, repeats=repeats)
+        seconds = measured.median / times
+        row[name] = {
+            "seconds": seconds,
+            "low": min(measured.seconds) / times,
+            "high": max(measured.seconds) / times,
+            "tflops": work / seconds,
+            "allocated": None if measured.allocated is None else measured.allocated - (measured.held or 0),
+        }
+    return row
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Norm of the difference over the norm of what is exact.
+
+    Example:
+        >>> relative_error(torch.tensor([1.5]), torch.tensor([1.0]))
+        0.5
+    """
+    return float((found.detach().to(exact.dtype) - exact).norm() / exact.norm())
+
+
+def attention_lines(report: dict[str, Any]) -> Iterator[str]:
+    """A report of attention as text."""
+    device = report["device"]
+    heads = f"batch {report['batch']}, {report['heads']} heads of {report['head_dim']}"
+    yield f"{device['name']}; torch {device['torch']}; {heads}, {report['dtype'].removeprefix('torch.')}"
+    yield _line("shape", "backend", "forward ms", "TFLOP/s", "training ms", "TFLOP/s", "error", "of gradients")
+    for row in report["rows"]:
+        if "error" in row:
+            yield f"  {row['shape']:14}{row['backend']:20}  failed: {row['error']}"
+            continue
+        times = (f"{row[name][key] * scale:.4g}" for name in ("forward", "training") for key, scale in _SHOWN)
+        errors = row["errors"]
+        gradients = max(errors[name] for name in ("q", "k", "v"))
+        yield _line(row["shape"], row["backend"], *times, f"{errors['out']:.1e}", f"{gradients:.1e}")
+
+
+_SHOWN = (("seconds", 1e3), ("tflops", 1.0))
+
+
+def _line(shape: str, backend: str, *cells: str) -> str:
+    return f"  {shape:14}{backend:20}" + "".join(f"{cell:>13}" for cell in cells)

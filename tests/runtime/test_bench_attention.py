@@ -1,0 +1,133 @@
+"""Attention's benchmark: shapes, reference, choice of the fastest and where it is kept."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from sftk.cli import main
+from sftk.functional.attention import _auto, attention, attention_mask, set_auto
+from sftk.functional.layout import Layout
+from sftk.runtime import attention_choice
+from sftk.runtime.attention_choice import Choice, choice_file, choose, find_choice, save_choice, use_choice
+from sftk.runtime.bench_attention import Heads, Shape, attention_lines, bench_attention, model_shapes, reference
+from sftk.spec.recipe import load_recipe
+
+CPU = torch.device("cpu")
+CAUSAL = Shape(
+    name="block_causal", queries=12, keys=12, layout=Layout(kind="block_causal", blocks=(1, 2, 3)), tokens_per_frame=2
+)
+
+
+def test_shapes_of_a_model():
+    (stage,) = load_recipe("benchmarks/dmd_1.3b.yaml")
+    heads, shapes = model_shapes(stage, "generator")
+    assert heads == Heads(batch=1, heads=12, head_dim=128, dtype=torch.bfloat16)
+    by_name = {shape.name: shape for shape in shapes}
+    assert list(by_name) == ["full", *(f"cached {i}" for i in range(7)), "block_causal", "cross"]
+    assert (by_name["cached 6"].queries, by_name["cached 6"].keys) == (4680, 32760)
+    assert by_name["cross"].pairs == 32760 * 512
+    assert by_name["block_causal"].pairs == 4680**2 * 28
+    assert by_name["full"].pairs == 32760**2
+
+
+@pytest.mark.parametrize("shape", [Shape(name="cross", queries=7, keys=5), CAUSAL], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_the_reference_is_attention(shape, chunk):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, cotangent = (
+        torch.randn(2, tokens, 2, 4, dtype=torch.float64, generator=generator).requires_grad_()
+        for tokens in (shape.queries, shape.keys, shape.keys, shape.queries)
+    )
+    mask = attention_mask(shape.layout, shape.tokens_per_frame, CPU, "math")
+    out = attention(q, k, v, mask=mask, backend="math")
+    expected = (out, *torch.autograd.grad(out, (q, k, v), cotangent))
+    for ours, exact in zip(reference(q, k, v, cotangent, shape, chunk), expected, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-12)
+
+
+def test_every_backend_is_measured_and_exact(monkeypatch):
+    heads = Heads(batch=1, heads=2, head_dim=8, dtype=torch.float32)
+    monkeypatch.setattr("sftk.runtime.bench_attention.available_backends", lambda: ("sdpa", "math", "flex", "sdpa_cudnn"))
+    report = bench_attention(heads, [Shape(name="full", queries=12, keys=12), CAUSAL], CPU, repeats=1)
+    rows = {(row["shape"], row["backend"]): row for row in report["rows"]}
+    assert list(rows) == [
+        *(("full", name) for name in ("sdpa", "math", "sdpa_cudnn")),
+        *(("block_causal", name) for name in ("sdpa", "spans/sdpa", "math", "spans/math", "flex", "spans/sdpa_cudnn")),
+    ]
+    assert rows["full", "sdpa_cudnn"]["error"].startswith("SpecError: the attention backend 'sdpa_cudnn' needs bf16")
+    measured = [row for row in rows.values() if "error" not in row]
+    assert len(measured) == 7
+    assert max(error for row in measured for error in row["errors"].values()) < 1e-5
+    # Two products forward, five backward, of two heads of 8; over all pairs, or those of 2 + 4 + 6 tokens with their past.
+    full, causal = rows["full", "math"]["forward"], rows["block_causal", "math"]["training"]
+    assert full["tflops"] * full["seconds"] * 1e12 == pytest.approx(2 * 2 * 16 * 12**2)
+    assert causal["tflops"] * causal["seconds"] * 1e12 == pytest.approx(7 * 2 * 16 * (2 * 2 + 4 * 6 + 6 * 12))
+    lines = list(attention_lines(report))
+    assert len(lines) == 2 + len(rows)
+    assert "failed: SpecError" in lines[4]
+
+
+def row(shape, backend, forward, training, error=1e-3):
+    times = {name: {"seconds": seconds} for name, seconds in (("forward", forward), ("training", training))}
+    return {"shape": shape, "backend": backend, **times, "errors": {"out": error, "q": error}}
+
+
+def test_the_fastest_is_chosen_for_each_pass_and_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("SFTK_CACHE", str(tmp_path))
+    monkeypatch.setattr(attention_choice, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    rows = [row("full", "sdpa", 3, 9), row("full", "sdpa_cudnn", 2, 7), row("full", "flash", 1, 8), row("full", "x", 0, 0, 1.0)]
+    rows += [{"shape": "full", "backend": "math", "error": "OutOfMemoryError"}, row("cross", "sdpa", 1, 1)]
+    report = {"device": {"name": "NVIDIA H100 80GB HBM3", "torch": torch.__version__}, "rows": rows}
+    choice = choose(report)
+    assert choice.fastest == {
+        "full": {"forward": "flash", "training": "sdpa_cudnn"},
+        "cross": {"forward": "sdpa", "training": "sdpa"},
+    }
+    cuda = torch.device("cuda")
+    assert find_choice(cuda) is None
+    assert save_choice(choice).parent.parent == tmp_path
+    assert find_choice(cuda) == choice
+    try:
+        assert use_choice(cuda, ("sdpa", "sdpa_cudnn", "flash")) == {"forward": "flash", "training": "sdpa_cudnn"}
+        assert _auto == {"forward": "flash", "training": "sdpa_cudnn"}
+        assert use_choice(cuda, ("sdpa", "sdpa_cudnn")) == {"forward": "sdpa", "training": "sdpa_cudnn"}  # flash is gone
+        assert use_choice(CPU) == {"forward": "sdpa", "training": "sdpa"}
+        choice_file(choice.device, choice.torch).write_text("{")
+        assert use_choice(cuda, ("sdpa", "flash")) == {"forward": "sdpa", "training": "sdpa"}
+    finally:
+        set_auto()
+
+
+def test_other_versions_have_files_of_their_own(monkeypatch):
+    monkeypatch.delenv("SFTK_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert str(choice_file("NVIDIA L40S", "2.12.0")) == "/somewhere/sftk/attention/NVIDIA-L40S_torch-2.12.0.json"
+
+
+def test_on_a_cpu_a_choice_changes_nothing():
+    set_auto(forward="flash", training="flash")
+    try:
+        x = torch.randn(1, 4, 2, 8, requires_grad=True)
+        assert torch.equal(attention(x, x, x), attention(x, x, x, backend="sdpa"))
+    finally:
+        set_auto()
+
+
+def test_the_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("SFTK_CACHE", str(tmp_path / "kept"))
+    file = tmp_path / "report.json"
+    options = ["--only", "cross,cached", "--steps", "1", "--json", str(file), "--save"]
+    small = ["batch.global=1", "latents.frames=6"]
+    run = CliRunner().invoke(main, ["bench", "attention", "recipes/digits/df.yaml", *small, *options])
+    assert run.exit_code == 0, run.output
+    assert [row["shape"] for row in json.loads(file.read_text())["rows"]] == [
+        name for name in ("cached 0", "cached 1", "cross") for _ in range(2)
+    ]
+    (kept,) = (tmp_path / "kept" / "attention").iterdir()
+    assert Choice(**json.loads(kept.read_text())).fastest.keys() == {"cached 0", "cached 1", "cross"}
+    wrong = CliRunner().invoke(main, ["bench", "attention", "--only", "ful"])
+    assert (wrong.exit_code, "there is no shape 'ful', only full, cached" in wrong.output) == (2, True)
