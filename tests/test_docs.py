@@ -23,6 +23,7 @@ from sftk.spec import schema
 from sftk.spec.compat import COMPAT
 from sftk.spec.files import find_file
 from sftk.spec.graphs import FoldSpec, GraphSpec, NodeSpec
+from sftk.spec.optimizer import OptimizerGroup
 from sftk.spec.parallel import ModelParallel, ParallelSection
 from sftk.spec.params import spec_params
 from sftk.spec.plugins import import_file
@@ -40,6 +41,7 @@ SECTIONS: dict[str, Any] = {
     "data.with.solver": PairSolver,
     "models": schema.ModelSection,
     "models.parallel": ModelParallel,
+    "optimizers.groups": OptimizerGroup,
     "parallel": ParallelSection,
     "size": WanConfig,
     "branch": BranchConfig,

@@ -117,7 +117,8 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder, mesh:
         elif section.ready_made:
             ports[role] = ready_made(section.builtin, found_choice("codec", section.codec, stage.path), device)
     optimizers: dict[str, torch.optim.Optimizer] = {
-        role: make_optimizer(modules[role].parameters(), section) for role, section in recipe.optimizers.items()
+        role: make_optimizer(dict(modules[role].state_dict(keep_vars=True)), section)
+        for role, section in recipe.optimizers.items()
     }
     whole = recipe.parallel.accumulate == "whole"
     syncs = {role: GradientSync(module, mesh, whole=whole) for role, module in modules.items()}

@@ -19,6 +19,7 @@ from sftk.runtime.build import Built
 from sftk.runtime.checkpoint import AVERAGE, OPTIMIZER, checkpoint_files, last_checkpoint, read_facts
 from sftk.runtime.checkpoint_state import optimizer_state, saved_models
 from sftk.runtime.checkpoint_storage import PartsReader, first_failure, quiet
+from sftk.runtime.optim_8bit import quantized_states
 from sftk.spec.fingerprint import fingerprint, first_difference
 from sftk.spec.recipe import Stage
 
@@ -52,7 +53,7 @@ def restore(path: Path, built: Built, roles: Iterable[str]) -> None:
         wanted[part], states[role] = optimizer_state(optimizer, built.modules[role], stored.get(part, {}))
     load_parts(stored, wanted)
     for role, found in states.items():
-        built.optimizers[role].state.update(found)
+        built.optimizers[role].state.update(quantized_states(built.optimizers[role], found))
 
 
 def load_parts(stored: Mapping[str, Mapping[str, Stored]], parts: Mapping[str, Mapping[str, Tensor]]) -> None:

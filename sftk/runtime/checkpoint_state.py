@@ -19,6 +19,7 @@ from sftk.runtime.build import Built
 from sftk.runtime.checkpoint import AVERAGE, OPTIMIZER
 from sftk.runtime.checkpoint_storage import Share
 from sftk.runtime.ema import Ema
+from sftk.runtime.optim_8bit import plain_state
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -55,7 +56,7 @@ def optimizer_parts(built: Built) -> dict[str, Part]:
     for role, optimizer in built.optimizers.items():
         parameters = built.modules[role].state_dict(keep_vars=True)
         states = {
-            f"{key}/{name}": value
+            f"{key}/{name}": plain_state(value)
             for name, parameter in parameters.items()
             for key, value in optimizer.state.get(parameter, {}).items()
         }

@@ -14,7 +14,7 @@ from sftk.core.graph import Graph
 from sftk.core.state import from_state, to_state
 from sftk.functional.keys import Key
 from sftk.runtime.build import Built
-from sftk.runtime.optim import apply_gradients, learning_rate
+from sftk.runtime.optim import apply_gradients, learning_rate, set_learning_rate
 from sftk.spec.schema import PhaseSection, Recipe
 
 Metrics = dict[str, Tensor]
@@ -98,8 +98,7 @@ class TrainingStep:
         metrics = {f"{phase.name}/loss": total / weights}
         for role in phase.roles:
             optimizer = built.optimizers[role]
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe.optimizers[role], step, recipe.train.steps)
+            set_learning_rate(optimizer, learning_rate(recipe.optimizers[role], step, recipe.train.steps))
             name = "grad_norm" if len(phase.roles) == 1 else f"grad_norm_{role}"
             metrics[f"{phase.name}/{name}"] = apply_gradients(optimizer, weights, phase.clip)
         for role in recipe.optimizers:  # what is never trained may stay gathered

@@ -10,6 +10,7 @@ from sftk.data.choices import Choice
 from sftk.functional.attention import Backend
 from sftk.models.branch import BranchConfig
 from sftk.models.config import PRESETS, WanConfig, preset
+from sftk.spec.optimizer import OptimizerSection
 from sftk.spec.parallel import ModelParallel, ParallelSection
 from sftk.spec.sampling import SampleSection
 from sftk.spec.validators import above, at_least, plain_name, within
@@ -107,24 +108,6 @@ class ModelSection:
         assert self.size is not None
         assert self.size != AUTO
         return preset(self.size) if isinstance(self.size, str) else self.size
-
-
-@attrs.frozen(kw_only=True)
-class OptimizerSection:
-    """AdamW and the course of its learning rate: `warmup` updates up, then constant, cosine or linear decay to `final`.
-
-    The decay begins after the share `decay_from` of all steps; `final` is a share of `lr`.
-    """
-
-    use: Literal["adamw"] = "adamw"
-    lr: float = attrs.field(validator=at_least(0))
-    betas: tuple[float, float] = attrs.field(default=(0.9, 0.999), validator=within(0, 1))
-    eps: float = attrs.field(default=1e-8, validator=at_least(0))
-    weight_decay: float = attrs.field(default=0.01, validator=at_least(0))
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup: int = attrs.field(default=0, validator=at_least(0))
-    decay_from: float = attrs.field(default=0.0, validator=_share)
-    final: float = attrs.field(default=0.0, validator=_share)
 
 
 @attrs.frozen(kw_only=True)
