@@ -70,6 +70,7 @@ class TrainingStep:
             outputs, inputs: those of the phases so far, by name, for each micro-batch; this phase adds its own.
         """
         graph, recipe, built = self.built.graphs[phase.name], self.recipe, self.built
+        self.mesh.world_.watch.at(f"step {step + 1}, phase {phase.name!r}")
         for role, module in built.modules.items():
             module.requires_grad_(role in phase.roles)
         models = {port: built.ports[phase.models.get(port, port)] for port in graph.ports}

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from sftk.errors import DistributedError, SftkError
+from sftk.runtime.watch import Watch
 
 T = TypeVar("T")
 
@@ -103,6 +104,7 @@ class World:
     Args:
         rank, size: which of how many. local_rank: on this node. node: processes on this node.
         store: what they share besides collectives; None in a single process.
+        watch: is told where this process is.
     """
 
     rank: int = 0
@@ -110,6 +112,7 @@ class World:
     local_rank: int = 0
     node: int = 1
     store: Store | None = None
+    watch: Watch = attrs.field(factory=lambda: Watch("this process"))
     _waits: int = attrs.field(init=False, default=0)
 
     def wait(self, name: str) -> None:
@@ -121,6 +124,7 @@ class World:
         if self.store is None:
             return
         self._waits += 1
+        self.watch.at(f"the wait for {name}")
         key = f"wait/{name}/{self._waits}"
         if self.store.add(key, 1) == self.size:
             self.store.set(f"{key}/done", "1")
@@ -185,7 +189,18 @@ def joined(device: str, minutes: float) -> Iterator[World]:
         return
     place = find_place(os.environ)
     try:
-        yield World() if place is None or place.size == 1 else _join(place, device, timedelta(minutes=minutes))
+        if place is None or place.size == 1:
+            yield World()
+            return
+        world = _join(place, device, timedelta(minutes=minutes))
+        with world.watch.watching(60 * minutes):
+            try:
+                yield world
+            except RuntimeError as error:
+                explained = world.watch.explain(error)
+                if explained is None:
+                    raise
+                raise DistributedError(explained) from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -229,6 +244,7 @@ def _join(place: Place, device: str, timeout: timedelta) -> World:
         _backend(kind), store=PrefixStore("group", store), rank=place.rank, world_size=place.size, timeout=timeout
     )
     world = World(rank=place.rank, size=place.size, local_rank=place.local_rank, node=place.node, store=store)
+    world.watch = Watch(f"rank {place.rank} ({socket.gethostname()})")
     _try_collective(kind, world)
     return world
 

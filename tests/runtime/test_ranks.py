@@ -120,6 +120,12 @@ def test_two_ranks_equal_one(tiny, launch):
 
 
 @pytest.mark.slow
+def test_a_rank_that_hangs_is_told_with_step_and_phase(tiny, launch):
+    with pytest.raises(AssertionError, match=r"rank 0 .* waited for another rank in step 2, phase 'critic'"):
+        launch(2, {"hang_at_1": (tiny(), ("batch.global=2",), 3)})
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
 def test_four_ranks_equal_one_after_ten_steps(tiny, launch, precision):
     common = (f"precision={precision}", *BATCH)
