@@ -12,7 +12,7 @@ from sftk.runtime.bench import BenchOptions, run_bench, write_json
 from sftk.runtime.bench_attention import attention_lines, bench_attention, model_shapes
 from sftk.runtime.bench_report import read_report, report_lines
 from sftk.runtime.device import pick_device, set_precision
-from sftk.runtime.inference import student_role
+from sftk.runtime.sample_options import sampled_role
 from sftk.spec.recipe import load_recipe
 from sftk.spec.variants import load_variants
 
@@ -109,7 +109,7 @@ def attention(
     chosen, overrides = _recipe(arguments)
     stage = load_recipe(chosen, overrides)[-1]
     device = pick_device(stage.recipe.device)
-    heads, shapes = model_shapes(stage, student_role(stage.recipe), frames_per_block)
+    heads, shapes = model_shapes(stage, sampled_role(stage.document, stage.recipe), frames_per_block)
     kinds = list(dict.fromkeys(shape.name.split()[0] for shape in shapes))
     for name in only:
         if name not in kinds:
