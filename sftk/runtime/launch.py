@@ -120,6 +120,8 @@ def launch(arguments: Sequence[str], options: Launch, run: RunDir) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_threads() // options.nproc)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     alone = options.nnodes == 1
+    if not alone:  # agents that share a store tell its address once, and a node that replaces a lost one never hears it
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     config = LaunchConfig(
         min_nodes=options.nnodes,
         max_nodes=options.nnodes,
