@@ -33,6 +33,7 @@ KEYS: dict[str, str] = {
     "exit_from": "unshifted timestep of the exit step that all blocks share, else None (host value)",
     "exit_to": "unshifted timestep of the step after it, 0 after the last, else None (host value)",
     "gradient_mask": "[B, F] bool, frames that carry gradient",
+    "rollout_x0": "[B, F, C, H, W] a whole rollout, of which `x0` is the window that is judged",
     "student_timestep": "[B, F] in [0, 1000], an entry of the student's step list for each block",
     "student_noisy": "[B, F, C, H, W] latents noised to it",
     # scores
