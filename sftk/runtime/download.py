@@ -46,8 +46,9 @@ def downloads(stages: Sequence[Stage], *, everything: bool = False) -> tuple[Dow
 
     Example:
         >>> from sftk.spec.recipe import load_recipe
-        >>> [download.section.repo for download in downloads(load_recipe("recipes/wan-1.3b/tf.yaml"), everything=True)]
-        ['Wan-AI/Wan2.1-T2V-1.3B']
+        >>> first, *_ = downloads(load_recipe("recipes/wan-1.3b/tf.yaml"), everything=True)
+        >>> first.section.repo
+        'Wan-AI/Wan2.1-T2V-1.3B'
     """
     found: dict[str, Download] = {}
     for stage in stages:

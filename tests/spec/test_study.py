@@ -92,7 +92,7 @@ def test_commands_that_take_a_study_and_those_that_do_not(study, monkeypatch, tm
     result = CliRunner().invoke(main, ["check", "both.yaml"])
     assert result.exit_code == 0, result.output
     assert "tf, seeds 0, 1: ok: causal (10 nodes)" in result.output
-    assert "dmd, seeds 1: ok: generator" in result.output
+    assert "dmd, seed 1: ok: generator" in result.output
     assert result.output.endswith("both: ok: 2 rows, 3 runs\n")
     shown = CliRunner().invoke(main, ["show", "both.yaml"])
     assert (shown.exit_code, shown.stdout) == (2, "")
