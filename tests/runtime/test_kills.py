@@ -151,6 +151,7 @@ def kill_and_go_on(recipe, tmp_path, steps, kills, seed):
     return hits
 
 
+@pytest.mark.slow
 def test_killed_inside_a_write_two_processes_go_on_bit_for_bit(recipe, tmp_path):
     assert kill_and_go_on(recipe, tmp_path, steps=6, kills=1, seed=0) == 1
 

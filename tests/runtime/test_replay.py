@@ -42,6 +42,7 @@ def test_training_is_the_same(tiny, changes):
     torch.testing.assert_close(replayed, weights, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_compiled_training_is_the_same(tiny):
     recipe = tiny()  # in float32: torch 2.11's compiled attention on the CPU has no backward pass in float64
     (plain, _), (found, _) = (trained(recipe, "compile=true", *more, steps=1) for more in ((), (REPLAY,)))
