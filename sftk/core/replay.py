@@ -103,10 +103,6 @@ class Tape:
                 before_last = None
             record.pull_back()
 
-    def clear(self) -> None:
-        """Forgets what was recorded."""
-        self._records.clear()
-
 
 @attrs.frozen(kw_only=True, eq=False)
 class _Record:

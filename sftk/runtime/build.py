@@ -18,7 +18,7 @@ from sftk.data.builtins import ready_made
 from sftk.errors import CheckpointError
 from sftk.models.branch import ClassifierBranch
 from sftk.models.wan import WanModel
-from sftk.models.weights import build_module
+from sftk.models.weights import DTYPES, build_module
 from sftk.runtime.attention_choice import use_choice
 from sftk.runtime.device import set_precision
 from sftk.runtime.ema import Ema
@@ -221,6 +221,15 @@ def construct(recipe: Recipe, role: str) -> nn.Module:
     if section.branch is not None and section.branch_of is not None:
         return ClassifierBranch(recipe.models[section.branch_of].config, section.branch, section.backend)
     return WanModel(section.config, section.backend)
+
+
+def meta_module(recipe: Recipe, role: str) -> Any:
+    """What a role's port calls, on meta tensors: shapes alone. An average is a module of the role that it follows."""
+    section, device = recipe.models[role], torch.device("meta")
+    if section.ready_made:
+        return ready_made(section.builtin, section.codec, device)
+    with device:
+        return construct(recipe, section.ema_of or role).to(DTYPES[section.dtype])
 
 
 def weights_file(section: ModelSection, stage: Stage, earlier: WeightFinder) -> Path | None:

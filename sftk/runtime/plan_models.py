@@ -10,9 +10,7 @@ import attrs
 import torch
 from torch import nn
 
-from sftk.data.builtins import ready_made
-from sftk.models.weights import DTYPES
-from sftk.runtime.build import construct
+from sftk.runtime.build import meta_module
 from sftk.runtime.parallelize import parallelize
 from sftk.runtime.plan_blocks import Active, measure_blocks
 from sftk.runtime.plan_trace import HalfPrecision, Trace
@@ -68,25 +66,23 @@ def meta_stage(stage: Stage) -> MetaStage:
         >>> meta_stage(stage).sizes["denoiser"].parameters
         689776
     """
-    recipe, device = stage.recipe, torch.device("meta")
+    recipe = stage.recipe
     active = Active(Trace())
     half = HalfPrecision(torch.bfloat16, lambda: active.trace) if recipe.precision == "bf16" else None
     models: dict[str, nn.Module] = {}
     sizes: dict[str, RoleSize] = {}
     for role, section in recipe.models.items():
+        models[role] = model = meta_module(recipe, role)
         if section.ready_made:
-            models[role] = ready_made(section.builtin, section.codec, device)
             continue
-        with device:
-            model = construct(recipe, section.ema_of or role).to(DTYPES[section.dtype])
         if section.ema_of is None:
             sizes[role] = _size(model)
         if half is not None:
             for block in getattr(model, "blocks", ()):
                 half.around(block)
         share_sequence(model, SequenceGroup(name="", rank=0, degree=recipe.parallel.sequence))
-        measure_blocks(parallelize(model, checkpoint=section.checkpoint), active)
-        models[role] = model
+        models[role] = parallelize(model, checkpoint=section.checkpoint)
+        measure_blocks(models[role], active)
     return MetaStage(stage=stage, models=models, sizes=sizes, batch=meta_batch(stage), active=active, half=half)
 
 

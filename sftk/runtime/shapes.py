@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sftk.core.geometry import LatentShape
-from sftk.data.builtins import ready_made
 from sftk.data.sources import source
 from sftk.errors import Problem, SpecError
 from sftk.functional.keys import Key
-from sftk.models.weights import DTYPES
-from sftk.runtime.build import construct, training_graph
+from sftk.runtime.build import meta_module, training_graph
 from sftk.runtime.port import make_port
 from sftk.spec.recipe import Stage
 
@@ -37,15 +35,13 @@ def check_shapes(stage: Stage) -> list[PhaseShapes]:
     Raises:
         SpecError: a phase fails; the problem names it and what it ran into.
     """
-    recipe, device = stage.recipe, torch.device("meta")
+    recipe = stage.recipe
     models: dict[str, nn.Module] = {}
     sizes: dict[str, int] = {}
     for role, section in recipe.models.items():
+        models[role] = meta_module(recipe, role)
         if section.ready_made:
-            models[role] = ready_made(section.builtin, section.codec, device)
             continue
-        with device:
-            models[role] = construct(recipe, section.ema_of or role).to(DTYPES[section.dtype])
         sizes[role] = sum(p.numel() for p in models[role].parameters())
         repeat_first_block(models[role])
     dtype = torch.bfloat16 if recipe.precision == "bf16" else None
