@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -16,10 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from sftk.errors import ShapeError, SpecError
+from sftk.functional.attention_spans import Spans, attention_by_spans, token_spans
+from sftk.functional.flash import flash_attention, flash_operators, has_flash
 from sftk.functional.layout import Layout, flex_mask, token_mask
-from sftk.functional.meta_attention import SeenPairs, meta_attention
+from sftk.functional.meta_attention import META_OP, SeenPairs, meta_attention
 
 Backend = Literal["auto", "sdpa", "sdpa_cudnn", "sdpa_flash", "math", "flex", "flash"]
+Layouts = Literal["flex", "spans"]
 
 _KERNELS = {
     "math": SDPBackend.MATH,
@@ -28,11 +29,11 @@ _KERNELS = {
 }
 """Backends that hold PyTorch to one of its kernels."""
 UNMASKED: tuple[Backend, ...] = ("sdpa_cudnn", "sdpa_flash", "flash")
-"""Backends for CUDA in half precision that take no mask."""
+"""Backends for CUDA in half precision that take no mask: they compute a layout as `Spans`."""
 
 
 Mask = Any
-"""What `attention_mask` returns: a [Lq, Lk] bool tensor, a FlexAttention `BlockMask`, or None."""
+"""What `attention_mask` returns: a [Lq, Lk] bool tensor, a FlexAttention `BlockMask`, `Spans`, or None."""
 
 
 def attention_mask(layout: Layout | None, tokens_per_frame: int, device: torch.device, backend: Backend = "auto") -> Mask:
@@ -42,10 +43,8 @@ def attention_mask(layout: Layout | None, tokens_per_frame: int, device: torch.d
         layout: which frames see which.
         tokens_per_frame: tokens of a frame.
         device: where attention runs.
-        backend: as for `attention`. `flex`, and `auto` on CUDA, take a `BlockMask`, which never holds all pairs of tokens.
-
-    Raises:
-        SpecError: the backend takes no layout.
+        backend: as for `attention`. `flex` takes a `BlockMask` and those in `UNMASKED` take `Spans`, which never hold all pairs
+            of tokens; so does `auto` on CUDA, the first unless `set_auto` says otherwise.
 
     Example:
         >>> layout = Layout(kind="block_causal", blocks=(1, 1))
@@ -57,11 +56,10 @@ def attention_mask(layout: Layout | None, tokens_per_frame: int, device: torch.d
     backend = "math" if _exact else backend
     if device.type == "meta" and backend != "math":
         return SeenPairs(int(layout.frame_mask().sum()) * tokens_per_frame**2)
-    if backend in UNMASKED:
-        raise SpecError(
-            f"the attention backend {backend!r} takes no layout; use 'flex' for block-causal and teacher-forcing passes"
-        )
-    if backend == "flex" or (backend == "auto" and device.type == "cuda"):
+    on_cuda = backend == "auto" and device.type == "cuda"
+    if backend in UNMASKED or (on_cuda and _layouts == "spans"):
+        return token_spans(layout, tokens_per_frame)
+    if backend == "flex" or on_cuda:
         return flex_mask(layout, tokens_per_frame, device)
     return token_mask(layout, tokens_per_frame, device)
 
@@ -75,7 +73,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Ba
         backend: `sdpa` is PyTorch's fused attention with the kernel that it picks, `sdpa_cudnn` with cuDNN's, `sdpa_flash`
             with its FlashAttention 2; `math` its unfused one (which has second derivatives and forward mode), `flex`
             FlexAttention for masks, `flash` FlashAttention when it is installed. Those in `UNMASKED` need CUDA and half
-            precision, and take no mask. `auto` is flex for a `BlockMask`, otherwise sdpa or what `set_auto` says.
+            precision, and compute a layout in calls without a mask. `auto` is what suits the mask, and without one sdpa or what
+            `set_auto` says.
 
     Returns:
         [B, Lq, H, D], q's dtype.
@@ -92,6 +91,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Ba
     if q.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ShapeError(f"attention takes [B, L, H, D]; found q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}")
     backend = "math" if _exact else backend
+    if isinstance(mask, Spans):
+        if not _exact:
+            return attention_by_spans(q, k, v, mask, functools.partial(attention, backend=backend))
+        mask = token_mask(mask.layout, mask.tokens_per_frame, q.device)
     if backend == "auto" and mask is None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         backend = _auto["training" if torch.is_grad_enabled() else "forward"]
     if q.is_meta and backend != "math":
@@ -102,7 +105,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Ba
             f"the attention backend {backend!r} needs bf16 or fp16 on CUDA without a mask, found {found}; use 'sdpa'"
         )
     if backend == "flash":
-        return _flash(q, k, v)
+        return flash_attention(q, k, v)
     heads = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     if mask is not None and not isinstance(mask, Tensor):
         if not _exact:
@@ -125,23 +128,40 @@ def available_backends() -> tuple[Backend, ...]:
     if not torch.cuda.is_available():
         return everywhere
     with_cuda = (*everywhere, "sdpa_cudnn", "sdpa_flash")
-    return with_cuda if _flash_function(missing_ok=True) is None else (*with_cuda, "flash")
+    return (*with_cuda, "flash") if has_flash() else with_cuda
+
+
+@functools.lru_cache(maxsize=1)
+def attention_operators() -> frozenset[Any]:
+    """The fused operators behind `attention`: what they return is worth keeping for a backward pass.
+
+    Example:
+        >>> torch.ops.aten._scaled_dot_product_flash_attention.default in attention_operators()
+        True
+    """
+    names = ("flash_attention", "cudnn_attention", "efficient_attention", "flash_attention_for_cpu")
+    fused = (getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names)
+    return frozenset((*fused, *flash_operators(), torch.ops.higher_order.flex_attention, META_OP))
 
 
 _auto: dict[str, Backend] = {"forward": "sdpa", "training": "sdpa"}
+_layouts: Layouts = "flex"
 
 
-def set_auto(*, forward: Backend = "sdpa", training: Backend = "sdpa") -> None:
-    """Sets what `auto` takes in this process on CUDA in half precision without a mask: what `sftk bench attention` measured.
+def set_auto(*, forward: Backend = "sdpa", training: Backend = "sdpa", layouts: Layouts = "flex") -> None:
+    """Sets what `auto` takes in this process on CUDA: what `sftk bench attention` measured.
 
     Args:
-        forward: where gradients are off. training: where they are on.
+        forward: in half precision without a mask, where gradients are off. training: where they are on.
+        layouts: FlexAttention's mask, or calls without a mask for each run of frames that see the same ones.
 
     Example:
         >>> set_auto(forward="sdpa_cudnn")
         >>> set_auto()
     """
+    global _layouts
     _auto.update(forward=forward, training=training)
+    _layouts = layouts
 
 
 _exact = 0
@@ -179,17 +199,27 @@ class exact_derivatives:
         self._stances.pop().__exit__(*error)
 
 
-def recompute_contexts() -> tuple[Any, Any]:
-    """Contexts of an activation checkpoint's forward pass and of its recomputation, which must use the same attention.
+def is_exact() -> bool:
+    """Whether an `exact_derivatives` is open.
 
     Example:
         >>> with exact_derivatives():
-        ...     _, recompute = recompute_contexts()
+        ...     is_exact()
+        True
+    """
+    return _exact > 0
+
+
+def recompute_contexts() -> tuple[Any, Any]:
+    """Contexts of an activation checkpoint's forward pass and of its recomputation inside `exact_derivatives`: both exact.
+
+    Example:
+        >>> _, recompute = recompute_contexts()
         >>> with recompute:
         ...     attention_mask(Layout(kind="block_causal", blocks=(1, 1)), 1, torch.device("cpu"), "flash").shape
         torch.Size([2, 2])
     """
-    return nullcontext(), exact_derivatives() if _exact else nullcontext()
+    return nullcontext(), exact_derivatives()
 
 
 def _dense(mask: Any, queries: int, keys: int, device: torch.device) -> Tensor:
@@ -211,28 +241,3 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
 @functools.lru_cache(maxsize=1)
 def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)  # pyright: ignore[reportReturnType]
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    function = _flash_function(missing_ok=False)
-    assert function is not None
-    out = function(q, k, v)
-    return out[0] if isinstance(out, tuple) else out
-
-
-@functools.lru_cache(maxsize=2)
-def _flash_function(missing_ok: bool) -> Callable[..., Tensor] | None:
-    """FlashAttention 4, 3 or 2, whichever is there."""
-    reasons = []
-    for module in ("flash_attn.cute", "flash_attn_interface", "flash_attn"):
-        try:
-            with warnings.catch_warnings():  # what these packages say about the ones that they import is not for our users
-                warnings.simplefilter("ignore", DeprecationWarning)
-                return importlib.import_module(module).flash_attn_func
-        except (ImportError, AttributeError) as error:
-            reasons.append(f"{module}: {error}")
-    if missing_ok:
-        return None
-    raise SpecError(
-        "the attention backend 'flash' needs FlashAttention: pip install 'sftk[flash]'; tried " + "; ".join(reasons)
-    )

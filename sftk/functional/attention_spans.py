@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -32,8 +33,40 @@ def _runs(seen: list[bool]) -> tuple[Span, ...]:
     return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
+# A dataclass, not attrs: torch.compile can trace the construction of a frozen dataclass but not that of a frozen attrs class.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spans:
+    """A layout that is computed without a mask, see `attention_by_spans`.
+
+    Args:
+        layout: which frames see which.
+        tokens_per_frame: tokens of a frame.
+        runs: first token and the one after the last, of queries that see the same keys, and of those keys.
+    """
+
+    layout: Layout
+    tokens_per_frame: int
+    runs: tuple[tuple[Span, tuple[Span, ...]], ...]
+
+
+@functools.lru_cache(maxsize=64)
+def token_spans(layout: Layout, tokens_per_frame: int) -> Spans:
+    """A layout as runs of tokens.
+
+    Example:
+        >>> token_spans(Layout(kind="block_causal", blocks=(1, 1)), 2).runs
+        (((0, 2), ((0, 2),)), ((2, 4), ((0, 4),)))
+    """
+
+    def tokens(span: Span) -> Span:
+        return span[0] * tokens_per_frame, span[1] * tokens_per_frame
+
+    runs = tuple((tokens(own), tuple(tokens(span) for span in seen)) for own, seen in frame_spans(layout))
+    return Spans(layout=layout, tokens_per_frame=tokens_per_frame, runs=runs)
+
+
 def attention_by_spans(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, tokens_per_frame: int, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    q: Tensor, k: Tensor, v: Tensor, spans: Spans, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Tensor:
     """Softmax attention under a layout, as calls without a mask.
 
@@ -41,7 +74,7 @@ def attention_by_spans(
 
     Args:
         q, k, v: [B, F * tokens_per_frame, H, D].
-        layout: which frames see which.
+        spans: which frames see which.
         attend: `attend(q, k, v)`, full attention, such as `attention` of a backend.
 
     Returns:
@@ -50,16 +83,14 @@ def attention_by_spans(
     Example:
         >>> from sftk.functional.attention import attention
         >>> x = torch.randn(1, 6, 1, 4)
-        >>> out = attention_by_spans(x, x, x, Layout(kind="block_causal", blocks=(1, 2)), 2, attention)
+        >>> spans = token_spans(Layout(kind="block_causal", blocks=(1, 2)), 2)
+        >>> out = attention_by_spans(x, x, x, spans, attention)
         >>> torch.allclose(out[:, :2], attention(x[:, :2], x[:, :2], x[:, :2]))
         True
     """
 
-    def take(x: Tensor, span: Span) -> Tensor:
-        return x[:, span[0] * tokens_per_frame : span[1] * tokens_per_frame]
+    def seen(x: Tensor, keys: tuple[Span, ...]) -> Tensor:
+        return x[:, slice(*keys[0])] if len(keys) == 1 else torch.cat([x[:, slice(*span)] for span in keys], dim=1)
 
-    def seen(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
-        return take(x, spans[0]) if len(spans) == 1 else torch.cat([take(x, span) for span in spans], dim=1)
-
-    parts = [attend(take(q, own), seen(k, spans), seen(v, spans)) for own, spans in frame_spans(layout)]
+    parts = [attend(q[:, slice(*own)], seen(k, keys), seen(v, keys)) for own, keys in spans.runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

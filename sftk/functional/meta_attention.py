@@ -48,6 +48,9 @@ def _vjp(ctx, grad, _):
     return *_backward(grad, *ctx.saved_tensors, ctx.pairs), None
 
 
+META_OP = _forward._opoverload
+
+
 _forward.register_autograd(_vjp, setup_context=_setup)
 
 

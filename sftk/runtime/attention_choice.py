@@ -95,17 +95,19 @@ def find_choice(device: torch.device) -> Choice | None:
 
 
 def use_choice(device: torch.device, backends: Iterable[str] | None = None) -> dict[str, str]:
-    """Makes `backend: auto` take, without a mask, what was fastest on a device for a pass over all frames.
+    """Makes `backend: auto` take what was fastest on a device: for a pass over all frames, and for layouts.
 
     Args:
         backends: those that are there; by default `available_backends`.
 
     Returns:
-        What `auto` takes from here on, by pass.
+        What `auto` takes from here on: `forward` and `training` without a mask, and `layouts`, see `set_auto`.
     """
     choice = find_choice(device) if device.type == "cuda" else None
     there = tuple(available_backends() if backends is None else backends)
-    full = {} if choice is None else choice.fastest.get("full", {})
+    fastest = {} if choice is None else choice.fastest
+    full, layouts = fastest.get("full", {}), fastest.get("block_causal", {})
     taken = {name: full[name] if full.get(name) in there else "sdpa" for name in PASSES}
+    taken["layouts"] = "spans" if layouts.get("training", "").startswith("spans/") else "flex"
     set_auto(**taken)  # pyright: ignore[reportArgumentType]
     return taken

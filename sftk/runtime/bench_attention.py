@@ -13,7 +13,7 @@ from torch import Tensor
 import sftk
 from sftk.core.geometry import split_blocks
 from sftk.functional.attention import UNMASKED, Backend, attention, attention_mask, available_backends
-from sftk.functional.attention_spans import attention_by_spans
+from sftk.functional.attention_spans import attention_by_spans, token_spans
 from sftk.functional.layout import Layout
 from sftk.functional.meta_attention import BACKWARD_OP, FORWARD_OP, attention_flops
 from sftk.runtime.bench_device import device_facts
@@ -110,9 +110,8 @@ def candidates(shape: Shape, heads: Heads, device: torch.device) -> dict[str, At
         if backend == "flex" or (backend not in UNMASKED and scores <= MOST_SCORES):
             found[backend] = functools.partial(_masked, shape=shape, device=device, backend=backend)
         if backend != "flex":
-            found[SPANS + backend] = functools.partial(
-                attention_by_spans, layout=shape.layout, tokens_per_frame=shape.tokens_per_frame, attend=plain
-            )
+            spans = token_spans(shape.layout, shape.tokens_per_frame)
+            found[SPANS + backend] = functools.partial(attention_by_spans, spans=spans, attend=plain)
     return found
 
 

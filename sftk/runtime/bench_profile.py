@@ -25,7 +25,7 @@ def profile_call(call: Callable[[], Any], device: torch.device, path: Path) -> K
         path: of the trace, ending in `.json.gz`; Perfetto and chrome://tracing read it.
     """
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-    with profile(activities=[activity]) as recorded:
+    with profile(activities=[activity], acc_events=True) as recorded:
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any
 
 import attrs
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
 
-from sftk.functional.attention import recompute_contexts
+from sftk.runtime.activations import Checkpoint, checkpoint_function
 
 RECOMPILE_LIMIT = 64
 """Graphs of one block over a rollout: context lengths times gradient modes, with room."""
@@ -40,14 +36,15 @@ class Sharding:
 
 
 def parallelize(
-    model: nn.Module, *, checkpoint: str = "none", compile_blocks: bool = False, sharding: Sharding | None = None
+    model: nn.Module, *, checkpoint: Checkpoint = "none", compile_blocks: bool = False, sharding: Sharding | None = None
 ) -> nn.Module:
     """Wraps the model's `blocks`, and shards it, in place and returns it.
 
     Args:
         model: a backbone has `blocks`, a `ModuleList`; of a module without any only the whole is sharded. It may be on the
             meta device.
-        checkpoint: `full` recomputes each block in the backward pass instead of keeping its activations.
+        checkpoint: `full` recomputes each block in the backward pass instead of keeping its activations, `selective` all of
+            it but attention.
         compile_blocks: compile each block with `torch.compile`.
         sharding: None leaves the weights whole.
 
@@ -59,9 +56,10 @@ def parallelize(
     """
     blocks = getattr(model, "blocks", None)
     blocks = blocks if isinstance(blocks, nn.ModuleList) else nn.ModuleList()
+    through = checkpoint_function(checkpoint)
     for index, block in enumerate(blocks):
-        if checkpoint == "full":
-            block = checkpoint_wrapper(block, checkpoint_fn=checkpointed)
+        if through is not None:
+            block = checkpoint_wrapper(block, checkpoint_fn=through)
             blocks[index] = block
         if compile_blocks:
             block.compile()
@@ -86,20 +84,6 @@ def shard(model: nn.Module, blocks: nn.ModuleList, sharding: Sharding) -> None:
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-
-
-def checkpointed(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls a block under activation checkpointing; in forward mode, which keeps no activations, just so.
-
-    Example:
-        >>> checkpointed(torch.sin, torch.zeros(1))
-        tensor([0.])
-    """
-    if forward_ad._current_level >= 0:  # torch 2.11's checkpoint has no forward mode
-        return block(*args, **kwargs)
-    if torch.compiler.is_compiling():  # blocks that need the exact attention are not compiled
-        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=recompute_contexts, **kwargs)
 
 
 def limit_recompiles() -> None:

@@ -76,7 +76,7 @@ class ModelSection:
     builtin: str | None = None
     codec: Choice | None = None
     backend: Backend = "auto"
-    checkpoint: Literal["none", "full"] = "none"
+    checkpoint: Literal["none", "full", "selective"] = "none"
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
     parallel: ModelParallel = attrs.field(factory=ModelParallel)
 

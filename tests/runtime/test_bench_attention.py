@@ -81,23 +81,34 @@ def test_the_fastest_is_chosen_for_each_pass_and_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(attention_choice, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
     rows = [row("full", "sdpa", 3, 9), row("full", "sdpa_cudnn", 2, 7), row("full", "flash", 1, 8), row("full", "x", 0, 0, 1.0)]
     rows += [{"shape": "full", "backend": "math", "error": "OutOfMemoryError"}, row("cross", "sdpa", 1, 1)]
+    rows += [row("block_causal", "flex", 1, 2), row("block_causal", "spans/flash", 2, 1)]
     report = {"device": {"name": "NVIDIA H100 80GB HBM3", "torch": torch.__version__}, "rows": rows}
     choice = choose(report)
     assert choice.fastest == {
         "full": {"forward": "flash", "training": "sdpa_cudnn"},
         "cross": {"forward": "sdpa", "training": "sdpa"},
+        "block_causal": {"forward": "flex", "training": "spans/flash"},
     }
     cuda = torch.device("cuda")
     assert find_choice(cuda) is None
     assert save_choice(choice).parent.parent == tmp_path
     assert find_choice(cuda) == choice
     try:
-        assert use_choice(cuda, ("sdpa", "sdpa_cudnn", "flash")) == {"forward": "flash", "training": "sdpa_cudnn"}
+        assert use_choice(cuda, ("sdpa", "sdpa_cudnn", "flash")) == {
+            "forward": "flash",
+            "training": "sdpa_cudnn",
+            "layouts": "spans",
+        }
         assert _auto == {"forward": "flash", "training": "sdpa_cudnn"}
-        assert use_choice(cuda, ("sdpa", "sdpa_cudnn")) == {"forward": "sdpa", "training": "sdpa_cudnn"}  # flash is gone
-        assert use_choice(CPU) == {"forward": "sdpa", "training": "sdpa"}
+        assert use_choice(cuda, ("sdpa", "sdpa_cudnn")) == {
+            "forward": "sdpa",  # flash is gone
+            "training": "sdpa_cudnn",
+            "layouts": "spans",
+        }
+        plain = {"forward": "sdpa", "training": "sdpa", "layouts": "flex"}
+        assert use_choice(CPU) == plain
         choice_file(choice.device, choice.torch).write_text("{")
-        assert use_choice(cuda, ("sdpa", "flash")) == {"forward": "sdpa", "training": "sdpa"}
+        assert use_choice(cuda, ("sdpa", "flash")) == plain
     finally:
         set_auto()
 

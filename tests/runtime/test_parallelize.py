@@ -6,7 +6,11 @@ import copy
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sftk.functional.attention import attention_operators
 from sftk.runtime.parallelize import RECOMPILE_LIMIT, limit_recompiles, parallelize
 
 
@@ -33,9 +37,13 @@ def dynamo():
     torch._dynamo.reset()
 
 
-def test_checkpointing_keeps_names_values_and_gradients(make_model):
+KINDS = pytest.mark.parametrize("kind", ["full", "selective"])
+
+
+@KINDS
+def test_checkpointing_keeps_names_values_and_gradients(make_model, kind):
     plain = make_model()
-    wrapped = parallelize(copy.deepcopy(plain), checkpoint="full")
+    wrapped = parallelize(copy.deepcopy(plain), checkpoint=kind)
     assert list(wrapped.state_dict()) == list(plain.state_dict())
     (flow, gradients), (same, recomputed) = call(plain), call(wrapped)
     assert torch.equal(flow, same)
@@ -44,16 +52,52 @@ def test_checkpointing_keeps_names_values_and_gradients(make_model):
     assert sum(gradient is not None for gradient in gradients.values()) > 20
 
 
-def test_checkpointing_recomputes(make_model):
+@KINDS
+def test_checkpointing_recomputes(make_model, kind):
     model, calls = make_model(), []
     model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    call(parallelize(model, checkpoint="full"))
+    call(parallelize(model, checkpoint=kind))
     assert len(calls) == 2
 
 
-def test_checkpointed_blocks_compile(make_model, dynamo):
+class Attentions(TorchDispatchMode):
+    """How often attention was computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in attention_operators()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("kind", "times"), [("none", 1), ("selective", 1), ("full", 2)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_selective_checkpoints_compute_attention_once(make_model, dynamo, kind, times, compiled):
+    model = parallelize(make_model(), checkpoint=kind)
+    graphs = []
+
+    def count(graph, example):
+        # What is computed again is an argument of an operator that sets random numbers back.
+        named = [{node.target, *(arg for arg in node.args if callable(arg))} for node in graph.graph.nodes]
+        graphs.append(sum(bool(names & attention_operators()) for names in named))
+        return make_boxed_func(graph.forward)
+
+    if compiled:
+        backend = aot_autograd(fw_compiler=count, partition_fn=min_cut_rematerialization_partition)
+        for block in model.blocks:
+            block.compile(backend=backend)
+        call(model)
+        assert sum(graphs) == times * 2  # self-attention and cross-attention; one graph serves all blocks
+        return
+    with Attentions() as found:
+        call(model)
+    assert found.count == times * 2 * len(model.blocks)
+
+
+@KINDS
+def test_checkpointed_blocks_compile(make_model, dynamo, kind):
     plain = make_model()
-    wrapped = parallelize(copy.deepcopy(plain), checkpoint="full")
+    wrapped = parallelize(copy.deepcopy(plain), checkpoint=kind)
     for block in wrapped.blocks:
         block.compile(backend="aot_eager", fullgraph=True)
     (flow, gradients), (same, recomputed) = call(plain), call(wrapped)

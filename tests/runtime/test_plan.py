@@ -88,7 +88,15 @@ def test_a_checkpoint_computes_blocks_twice_and_keeps_less():
     assert full.peak(0.0) < 0.6 * none.peak(0.0)
 
 
-@pytest.mark.parametrize("checkpoint", ["none", "full"])
+def test_selective_checkpoints_keep_what_attention_returned():
+    none, full, selective = traced("none"), traced("full"), traced("selective")
+    assert selective.work.attention == none.work.attention
+    assert selective.work.gemm == full.work.gemm
+    # What self-attention and cross-attention returned, in the activations' dtype, and log-sum-exps.
+    assert full.peak(0.0) < selective.peak(0.0) < 0.75 * none.peak(0.0)
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "full", "selective"])
 def test_repeated_blocks_cost_what_all_blocks_cost(checkpoint):
     whole, repeated = traced(checkpoint, measured=False), traced(checkpoint)
     assert repeated.work.flops == whole.work.flops

@@ -1,0 +1,111 @@
+"""The operators around FlashAttention 4, with kernels of this file in the place of its own: autograd, compile, checkpoints."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from sftk.functional import flash as module
+from sftk.functional.attention import attention
+from sftk.functional.flash import flash, flash_backward
+from sftk.runtime.activations import checkpointed, selectively_checkpointed
+
+calls: list[str] = []
+
+
+def forward(q, k, v, return_lse):
+    calls.append("forward")
+    assert return_lse
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+    return out.contiguous(), scores.logsumexp(-1).float(), None, None, None
+
+
+def backward(q, k, v, out, grad, lse, *, dq, dk, dv):
+    calls.append("backward")
+    assert grad.is_contiguous() and out.shape == q.shape and lse.shape == (q.shape[0], q.shape[2], q.shape[1])
+    scale = q.shape[-1] ** -0.5
+    weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) * scale - lse[..., None]).exp()
+    dv.copy_(torch.einsum("bhqk,bqhd->bkhd", weights, grad))
+    drawn = torch.einsum("bqhd,bkhd->bhqk", grad, v) - (grad * out).sum(-1).transpose(1, 2)[..., None]
+    scores = weights * drawn * scale
+    dq.copy_(torch.einsum("bhqk,bkhd->bqhd", scores, k))
+    dk.copy_(torch.einsum("bhqk,bqhd->bkhd", scores, q))
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """The operators run on the CPU; what they are given there is gone afterwards."""
+    monkeypatch.setattr(module, "_interface", lambda: SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward))
+    for operator in (flash, flash_backward):
+        operator.register_kernel("cpu", operator._init_fn)
+    calls.clear()
+
+
+def inputs(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 8))
+    return tuple(torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes)
+
+
+def test_the_operators_keep_their_promises():
+    q, k, v = inputs(torch.float32)
+    opcheck(flash, (q, k, v), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
+    out, lse = (x.detach() for x in flash(q, k, v))
+    given = (torch.ones_like(out), *(x.detach() for x in (q, k, v)), out, lse)
+    opcheck(flash_backward, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def gradients(call):
+    leaves = inputs()
+    out = call(*leaves)
+    return out.detach(), *torch.autograd.grad((out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum(), leaves)
+
+
+def layer(q, k, v):
+    return flash(q * 2, k.sin(), v)[0].cos()
+
+
+def test_gradients_are_those_of_attention():
+    expected = gradients(lambda q, k, v: attention(q * 2, k.sin(), v, backend="math").cos())
+    for found in (gradients(layer), gradients(torch.compile(layer, backend="aot_eager", fullgraph=True))):
+        for ours, exact in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)  # the log-sum-exp is in float32
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("through", "times"), [(checkpointed, 2), (selectively_checkpointed, 1)])
+def test_checkpoints_know_it(through, times, compiled):
+    torch._dynamo.reset()
+
+    def run(q, k, v):
+        return through(layer, q, k, v)
+
+    call = torch.compile(run, backend="aot_eager_decomp_partition", fullgraph=True) if compiled else run
+    expected = gradients(layer)
+    calls.clear()
+    for ours, exact in zip(gradients(call), expected, strict=True):
+        torch.testing.assert_close(ours, exact)
+    assert calls.count("forward") == times and calls.count("backward") == 1
+
+
+def test_it_is_found_when_it_is_there(monkeypatch):
+    fake = SimpleNamespace(flash_attn_func=lambda q, k, v: (q + 1, None))
+    for name in module.MODULES:
+        for cached in (module._found, module.has_flash):
+            cached.cache_clear()
+        assert not module.has_flash()
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name.split(".")[0], SimpleNamespace(__path__=[]))
+            patch.setitem(sys.modules, name, fake)
+            for cached in (module._found, module.has_flash):
+                cached.cache_clear()
+            assert module.has_flash()
+            if name != module.MODULES[0]:
+                assert torch.equal(module.flash_attention(*torch.zeros(3, 1, 2, 1, 8)), torch.ones(1, 2, 1, 8))
+    for cached in (module._found, module.has_flash):
+        cached.cache_clear()
