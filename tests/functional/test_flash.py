@@ -27,7 +27,9 @@ def forward(q, k, v, return_lse):
 
 def backward(q, k, v, out, grad, lse, *, dq, dk, dv):
     calls.append("backward")
-    assert grad.is_contiguous() and out.shape == q.shape and lse.shape == (q.shape[0], q.shape[2], q.shape[1])
+    assert grad.is_contiguous()
+    assert out.shape == q.shape
+    assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
     scale = q.shape[-1] ** -0.5
     weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) * scale - lse[..., None]).exp()
     dv.copy_(torch.einsum("bhqk,bqhd->bkhd", weights, grad))
@@ -90,7 +92,8 @@ def test_checkpoints_know_it(through, times, compiled):
     calls.clear()
     for ours, exact in zip(gradients(call), expected, strict=True):
         torch.testing.assert_close(ours, exact)
-    assert calls.count("forward") == times and calls.count("backward") == 1
+    assert calls.count("forward") == times
+    assert calls.count("backward") == 1
 
 
 def test_it_is_found_when_it_is_there(monkeypatch):
