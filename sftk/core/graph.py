@@ -172,30 +172,34 @@ class Graph(Transform):
             for key in node.writes:
                 yield node, key, state[key]
 
-    def subgraph(self, outputs: Sequence[str]) -> Graph:
+    def subgraph(self, outputs: Sequence[str], given: Sequence[str] = ()) -> Graph:
         """Only the nodes that `outputs` need.
 
+        Args:
+            outputs: keys to return.
+            given: keys that the caller hands in, so that the nodes that would write them are not needed.
+
         Raises:
-            SpecError: an output that no node writes.
+            SpecError: an output that no node writes, or a node that is needed and writes something given.
 
         Example:
             >>> from sftk.functional import add_noise, flow_target
             >>> graph = Graph([add_noise, flow_target], inputs=("x0", "noise", "timestep"))
             >>> [node.op.name for node in graph.subgraph(["target"]).nodes]
             ['flow_target']
+            >>> graph.subgraph(["target", "noisy"], given=["noisy"])
+            <graph graph: 1 nodes, x0, noise, noisy -> target, noisy>
         """
         needed, kept = set(outputs), []
         for node in reversed(self.nodes):
-            if needed & set(node.writes):
+            if needed.difference(given) & set(node.writes):
                 kept.append(node)
-                needed -= set(node.writes)
+                needed -= set(node.writes).difference(given)
                 needed |= {key for _, key in (*node.reads, *node.may_read)}
-        inputs = [key for key in self.inputs if key in needed]
-        optional = [key for key in self.optional if key in needed]
         return Graph(
             reversed(kept),
-            inputs=inputs,
-            optional=optional,
+            inputs=[key for key in dict.fromkeys((*self.inputs, *given)) if key in needed],
+            optional=[key for key in self.optional if key in needed and key not in given],
             outputs=outputs,
             rebind=self.rebind,
             name=self.name,
@@ -243,6 +247,38 @@ class Graph(Transform):
 
     def __repr__(self) -> str:
         return f"<graph {self.name}: {len(self.nodes)} nodes, {', '.join(self.inputs)} -> {', '.join(self.outputs)}>"
+
+
+def inlined(node: Node) -> list[Node]:
+    """The nodes of a graph that stands as a node in another, to stand there themselves; a node of another kind as it is.
+
+    Keys of the inner graph that nobody outside saw are written as `<graph>.<key>`.
+
+    Example:
+        >>> from sftk.functional import add_noise, flow_target
+        >>> inner = Graph([add_noise, flow_target], inputs=("x0", "noise", "timestep"), outputs=("target",), name="inner")
+        >>> [part.writes for part in inlined(inner.node(out={"target": "flow"}))]
+        [('inner.noisy',), ('flow',)]
+    """
+    graph = node.op
+    if not isinstance(graph, Graph):
+        return [node]
+    outside = {key: node.in_.get(key, key) for key in (*graph.inputs, *graph.optional)}
+    outside |= {key: node.out.get(key, key) or f"{graph.name}.{key}" for key in graph.outputs if key not in outside}
+
+    def named(key: str) -> str:
+        return outside.get(key, f"{graph.name}.{key}")
+
+    return [
+        part.op.node(
+            in_={argument: named(key) for argument, key in (*part.reads, *part.may_read)},
+            out=dict.fromkeys(part.op.outputs) | {result: named(key) for result, key in part.results},
+            models={port: node.models.get(role, role) for port, role in part.roles},
+            grad=part.grad and node.grad,
+            **part.options,
+        )
+        for part in graph.nodes
+    ]
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tensordict import NonTensorData, TensorDict, is_tensor_collection
+from torch.utils import _pytree as pytree
 
 KEYS: dict[str, str] = {
     # data
@@ -77,6 +78,18 @@ def to_state(values: Mapping[str, Any], like: Any = None) -> Any:
         else:
             state.set_non_tensor(key, value)
     return state
+
+
+def detached(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values without history for backward; tensors in tuples and caches, too.
+
+    Example:
+        >>> x0 = torch.ones(1, requires_grad=True)
+        >>> found = detached({"x0": x0, "blocks": (x0,), "exit_from": None})
+        >>> found["x0"].requires_grad, found["blocks"][0].requires_grad, found["exit_from"]
+        (False, False, None)
+    """
+    return {key: pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, value) for key, value in values.items()}
 
 
 def from_state(state: Any) -> dict[str, Any]:

@@ -87,6 +87,7 @@ class FunctionTransform(Transform):
         check: Any,
         replay: bool = False,
         whole: Callable[[Mapping[str, Any]], bool] | None = None,
+        gradient: tuple[str, ...] = (),
     ):
         parameters = inspect.signature(fn).parameters
         positional = [p for p in parameters.values() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
@@ -102,6 +103,7 @@ class FunctionTransform(Transform):
         self.optional = tuple(a for a in self.arguments if a not in self.inputs)
         self.options = {p.name: p for p in parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY}
         self.example, self.check, self.replay, self._whole = example, check, replay, whole
+        self.gradient = gradient
         hints = typing.get_type_hints(fn)
         self.tensors_only = all(hints.get(name) in (Tensor, Tensor | None) for name in self.arguments)
         self.__doc__ = fn.__doc__
@@ -205,6 +207,7 @@ def transform(
     check: Callable[[Mapping[str, Any], int | None], Iterable[tuple[str, str]]] | None = None,
     replay: bool = False,
     whole: Callable[[Mapping[str, Any]], bool] | None = None,
+    gradient: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], FunctionTransform]:
     """Makes a function a registered transform.
 
@@ -220,6 +223,7 @@ def transform(
         replay: its backward pass may run later, from its inputs, see `sftk.core.replayed`.
         whole: `whole(options)` says whether the models' weights must lie whole in every process: when they are differentiated
             twice, say, which sharded ones cannot be.
+        gradient: options that decide what carries gradient and change no sample; phases that share a rollout may differ there.
 
     Raises:
         SpecError: the name is already registered, the signature has `*args`, `**kwargs` or positional-only arguments, a port is
@@ -237,7 +241,7 @@ def transform(
     outputs = (out,) if isinstance(out, str) else tuple(out)
 
     def decorate(fn: Callable[..., Any]) -> FunctionTransform:
-        made = FunctionTransform(fn, outputs, kind, tuple(models), example, check, replay, whole)
+        made = FunctionTransform(fn, outputs, kind, tuple(models), example, check, replay, whole, gradient)
         registry.register(made.name, made)
         return made
 

@@ -126,7 +126,14 @@ def _commit_check(options: Mapping[str, Any], frames: int | None) -> Iterator[tu
         yield "context_noise", f"a timestep lies in [0, {TIMESTEPS}], found {options['context_noise']}"
 
 
-@transform(out="cache", kind="keyed", models=("denoiser",), example=_commit_example, check=_commit_check)
+@transform(
+    out="cache",
+    kind="keyed",
+    models=("denoiser",),
+    example=_commit_example,
+    check=_commit_check,
+    gradient=("context_gradient",),
+)
 def commit_context(
     denoiser: Denoiser,
     x0: Tensor,

@@ -159,6 +159,7 @@ def _rollout_check(options: Mapping[str, Any], frames: int | None) -> Iterator[t
     kind="keyed",
     example=_example,
     check=_rollout_check,
+    gradient=("grad_frames",),
 )
 def plan_rollout(
     key: Key,

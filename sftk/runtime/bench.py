@@ -18,7 +18,7 @@ from sftk.errors import SpecError
 from sftk.functional.layout import flex_mask, token_mask
 from sftk.models.rope import rope_table
 from sftk.models.vae import TEMPORAL_FACTOR
-from sftk.runtime.bench_cases import ROLLOUT, Cases, case_names, cycle_of, rollout_graph
+from sftk.runtime.bench_cases import ROLLOUT, Cases, case_names, rollout_graph
 from sftk.runtime.bench_count import Counts, count_cases
 from sftk.runtime.bench_device import device_facts
 from sftk.runtime.bench_measure import measure
@@ -30,6 +30,7 @@ from sftk.runtime.plan_rates import GPUS, known_gpu
 from sftk.runtime.segments import compile_segments
 from sftk.spec.recipe import Stage
 from sftk.spec.schema import Recipe
+from sftk.spec.turns import cycle
 from sftk.spec.variants import Variant
 
 KERNELS = 40
@@ -82,7 +83,7 @@ def run_bench(
         [('forward', 2)]
     """
     for variant in variants:
-        case_names(variant.stage.recipe, options.only)
+        case_names(variant.stage, options.only)
     device = pick_device(variants[0].stage.recipe.device)
     report: dict[str, Any] = {"sftk": sftk.__version__, "device": device_facts(device), "variants": []}
     counted: dict[str, Counts] = {}
@@ -148,14 +149,14 @@ class _Run:
     def all(self) -> None:
         """Counts, builds and measures."""
         stage, options = self.variant.stage, self.options
-        recipe, names = stage.recipe, case_names(stage.recipe, options.only)
+        recipe, names = stage.recipe, case_names(stage, options.only)
         self.say(f"{self.variant.name}: counting")
         key = _what_counts(recipe) + repr(names)
         if key not in self.counted:
             self.counted[key] = count_cases(stage, names)
         self.work = self.counted[key]
-        phases = [phase.name for phase in recipe.phases]
-        exits = {name: [exit_ for case, exit_ in self.work if case == name] for name in phases if name in names}
+        turns = [turn.name for turn in stage.turns]
+        exits = {name: [exit_ for case, exit_ in self.work if case == name] for name in turns if name in names}
         chosen = {name: self._chosen(name, found) for name, found in exits.items()}
         self.say(f"{self.variant.name}: building")
         device = pick_device(recipe.device)
@@ -167,7 +168,7 @@ class _Run:
         self.cases = Cases(stage, self.built, graph, student)
         for case in names:
             self._measure(case, chosen.get(case, [None]))
-            self.found["summary"] = summary_rows(self.rows, exits, cycle_of(recipe))
+            self.found["summary"] = summary_rows(self.rows, exits, cycle(stage.turns))
             self.save()
 
     def _chosen(self, phase: str, exits: Sequence[int | None]) -> list[int | None]:
@@ -222,6 +223,7 @@ def _what_counts(recipe: Recipe) -> str:
     """What decides how much a recipe computes, as text: variants that differ elsewhere are counted once."""
     models = {role: model if model.ready_made else attrs.evolve(model, backend="auto") for role, model in recipe.models.items()}
     parts = (recipe.latents, models, recipe.phases, recipe.batch, recipe.precision, recipe.compat, recipe.eval, recipe.data)
+    parts = (*parts, recipe.share_rollout)
     return repr(parts)
 
 

@@ -22,7 +22,7 @@ from sftk.runtime.sample_options import role_sampling, sampled_role
 from sftk.runtime.step import TrainingStep
 from sftk.spec.recipe import Stage
 from sftk.spec.sampling import sampler_graph
-from sftk.spec.schema import PhaseSection, Recipe
+from sftk.spec.turns import Turn
 
 ROLLOUT, FORWARD, BACKWARD, STEPS = "rollout", "forward", "forward_backward", "steps"
 OWN = (ROLLOUT, FORWARD, BACKWARD, STEPS)
@@ -46,7 +46,7 @@ class Case:
     run: Callable[[], Any]
 
 
-def case_names(recipe: Recipe, only: Sequence[str] = ()) -> tuple[str, ...]:
+def case_names(stage: Stage, only: Sequence[str] = ()) -> tuple[str, ...]:
     """The cases that are asked for, by default all but `steps`.
 
     Raises:
@@ -54,34 +54,22 @@ def case_names(recipe: Recipe, only: Sequence[str] = ()) -> tuple[str, ...]:
 
     Example:
         >>> from sftk.spec.recipe import load_recipe
-        >>> recipe = load_recipe("recipes/dmd.yaml")[0].recipe
-        >>> case_names(recipe), case_names(recipe, ["steps", "critic"])
+        >>> (stage,) = load_recipe("recipes/dmd.yaml")
+        >>> case_names(stage), case_names(stage, ["steps", "critic"])
         (('generator', 'critic', 'rollout', 'forward', 'forward_backward'), ('critic', 'steps'))
     """
-    known = [*(phase.name for phase in recipe.phases), *OWN]
+    known = [*(turn.name for turn in stage.turns), *OWN]
     for name in only:
         if name not in known:
             raise SpecError(f"there is no case {name!r} to measure, only {', '.join(known)}; {did_you_mean(name, known) or ''}")
     return tuple(name for name in known if (name in only if only else name != STEPS))
 
 
-def cycle_of(recipe: Recipe) -> dict[str, int]:
-    """How often each phase runs until all have taken their turns.
-
-    Example:
-        >>> from sftk.spec.recipe import load_recipe
-        >>> cycle_of(load_recipe("benchmarks/dmd_1.3b.yaml")[0].recipe)
-        {'generator': 1, 'critic': 5}
-    """
-    steps = math.lcm(*(phase.every for phase in recipe.phases))
-    return {phase.name: steps // phase.every for phase in recipe.phases}
-
-
-def producers(recipe: Recipe, phase: PhaseSection) -> tuple[PhaseSection, ...]:
-    """The phases whose outputs a phase reads, and those that these read, first things first."""
-    names = {source.partition(".")[0] for source in phase.in_.values() if "." in source}
-    read = [earlier for earlier in recipe.phases if earlier.name in names]
-    return tuple(found for earlier in read for found in (*producers(recipe, earlier), earlier))
+def producers(turns: Sequence[Turn], turn: Turn) -> tuple[Turn, ...]:
+    """The turns whose outputs a turn reads, and those that these read, first things first."""
+    names = {source.partition(".")[0] for source in turn.phase.in_.values() if "." in source}
+    read = {earlier.phase.name: earlier for earlier in turns if earlier.phase.name in names}.values()
+    return tuple(found for earlier in read for found in (*producers(turns, earlier), earlier))
 
 
 def rollout_graph(stage: Stage) -> tuple[Graph, str]:
@@ -140,9 +128,9 @@ class Cases:
             run = {ROLLOUT: self._rollout, FORWARD: self._forward, BACKWARD: self._backward, STEPS: self._steps}[name]()
             yield Case(name=name, exit_step=None, run=run)
             return
-        phase = next(phase for phase in self.stage.recipe.phases if phase.name == name)
+        turn = next(turn for turn in self.built.turns if turn.name == name)
         for exit_step in exits:
-            yield Case(name=name, exit_step=exit_step, run=self._phase(phase, exit_step))
+            yield Case(name=name, exit_step=exit_step, run=self._turn(turn, exit_step))
 
     def clear(self) -> None:
         """Drops gradients that an interrupted case left."""
@@ -152,22 +140,22 @@ class Cases:
     def _training(self, make_key: Callable[..., Key]) -> TrainingStep:
         return TrainingStep(self.stage.recipe, self.built, itertools.repeat(self.batch), make_key)
 
-    def _phase(self, phase: PhaseSection, exit_step: int | None) -> Callable[[], Any]:
+    def _turn(self, turn: Turn, exit_step: int | None) -> Callable[[], Any]:
         step = self._training(functools.partial(ExitKey, exit_index=exit_step or 0))
         outputs: dict[str, Any] = {}
         inputs: dict[str, Any] = {}
 
         def run() -> None:
-            for producer in producers(self.stage.recipe, phase):  # only the first time: they are no part of this phase
-                if producer.name not in outputs:
-                    step.run_phase(producer, 0, outputs, inputs)
-            step.run_phase(phase, 0, outputs, inputs)
+            for producer in producers(self.built.turns, turn):  # only the first time: they are no part of this turn
+                if producer.phase.name not in outputs:
+                    step.run_turn(producer, 0, outputs, inputs)
+            step.run_turn(turn, 0, outputs, inputs)
             step.recent.clear()
 
         return run
 
     def _steps(self) -> Callable[[], Any]:
-        step, steps = self._training(Key), math.lcm(*(phase.every for phase in self.stage.recipe.phases))
+        step, steps = self._training(Key), math.lcm(*(turn.every for turn in self.built.turns))
         return lambda: [step(number) for number in range(steps)]
 
     def _values(self) -> dict[str, Any]:

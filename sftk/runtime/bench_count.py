@@ -34,10 +34,10 @@ def count_cases(stage: Stage, names: Sequence[str]) -> Counts:
     meta = meta_stage(stage)
     counts: Counts = {}
     times = stage.recipe.batch.split()[1]
-    asked = [phase for phase in stage.recipe.phases if phase.name in names]
-    read = [producer for phase in asked for producer in producers(stage.recipe, phase)]
-    phases = [phase for phase in stage.recipe.phases if phase in asked or phase in read]
-    for phase in pass_stage(stage, meta, phases).phases:
+    turns = stage.turns
+    asked = [turn for turn in turns if turn.name in names]
+    read = [producer for turn in asked for producer in producers(turns, turn)]
+    for phase in pass_stage(stage, meta, [turn for turn in turns if turn in asked or turn in read]).phases:
         for index, work in enumerate(phase.exits):
             total = counts[phase.name, index if len(phase.exits) > 1 else None] = Work()
             total.add(work, times)

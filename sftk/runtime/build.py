@@ -35,7 +35,8 @@ from sftk.spec.data_files import found_choice
 from sftk.spec.fetch import how_to_get, missing_files
 from sftk.spec.files import find_file
 from sftk.spec.recipe import Stage
-from sftk.spec.schema import ModelSection, PhaseSection, Recipe
+from sftk.spec.schema import ModelSection, Recipe
+from sftk.spec.turns import Turn
 
 WeightFinder = Mapping[str, Path]
 """`<stage>/<role>` to the weight file that the stage left."""
@@ -51,8 +52,9 @@ class Built:
         ports: role to what graphs call, averages and built-in modules among them.
         optimizers: role to optimiser.
         syncs: role to what sums its gradients over the ranks, for roles in `modules`.
-        graphs: phase to graph, compiled where the recipe says so.
-        tapes: phase to what its graph leaves for after the loss's backward pass.
+        turns: the phases as they run.
+        graphs: turn to graph, compiled where the recipe says so.
+        tapes: turn to what its graph leaves for after the loss's backward pass.
         device: where they live.
         mesh: the ranks.
     """
@@ -62,6 +64,7 @@ class Built:
     ports: dict[str, Any]
     optimizers: dict[str, torch.optim.Optimizer]
     syncs: dict[str, GradientSync]
+    turns: tuple[Turn, ...]
     graphs: dict[str, Graph]
     tapes: dict[str, Tape]
     device: torch.device
@@ -126,15 +129,16 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder, mesh:
         limit_recompiles()
     graphs: dict[str, Graph] = {}
     tapes: dict[str, Tape] = {}
-    for phase in recipe.phases:
-        graph, tapes[phase.name] = training_graph(phase, stage.graphs[phase.name])
-        graphs[phase.name] = compile_segments(graph) if compiled else graph
+    for turn in stage.turns:
+        graph, tapes[turn.name] = training_graph(turn)
+        graphs[turn.name] = compile_segments(graph) if compiled else graph
     return Built(
         modules=modules,
         emas=emas,
         ports=ports,
         optimizers=optimizers,
         syncs=syncs,
+        turns=stage.turns,
         graphs=graphs,
         tapes=tapes,
         device=device,
@@ -142,9 +146,9 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder, mesh:
     )
 
 
-def training_graph(phase: PhaseSection, graph: Graph) -> tuple[Graph, Tape]:
-    """A phase's graph as it is trained, and the tape to pull back after the loss's backward pass (empty without replay)."""
-    return replayed(graph) if phase.backward == "replay" else (graph, Tape())
+def training_graph(turn: Turn) -> tuple[Graph, Tape]:
+    """A turn's graph as it is trained, and the tape to pull back after the loss's backward pass (empty without replay)."""
+    return replayed(turn.graph) if turn.phase.backward == "replay" else (turn.graph, Tape())
 
 
 def _build(stage: Stage, role: str, weights: Path | None, mesh: Mesh, device: torch.device, compiled: bool) -> nn.Module:

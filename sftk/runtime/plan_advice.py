@@ -94,7 +94,7 @@ def advise(stage: Stage, measured: StagePass, plan: Plan, node: int) -> tuple[st
         else:
             found.append(_on_more_gpus(trials, everything, together))
     largest = max(plan.phases, key=lambda phase: phase.peak)
-    section = next(phase for phase in recipe.phases if phase.name == largest.name)
+    section = next(phase for phase in recipe.phases if phase.name == largest.name.partition(".")[0])
     if section.with_.get("window") is None and largest.caches > WORTH * largest.peak:
         found.append(f"a `window` in the phase {largest.name} would shrink its context, at most {largest.caches / GIB:.1f} GiB")
     return tuple(found)

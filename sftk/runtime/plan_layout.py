@@ -21,9 +21,10 @@ SLOWER = {"bf16": 1.0, "tf32": 2.0, "fp32": 10.0, "fp64": 10.0}
 
 @attrs.frozen(kw_only=True)
 class PhasePlan:
-    """One phase on one rank.
+    """One phase on one rank; with `share_rollout`, one of its turns.
 
     Args:
+        every: steps to an update, in the mean.
         activations: most bytes besides weights, optimiser and gradients; caches are among them.
         caches: bytes of cached keys and values. gradients: bytes.
         peak: most bytes of the whole process in this phase.
@@ -33,7 +34,7 @@ class PhasePlan:
     """
 
     name: str
-    every: int
+    every: float
     activations: float
     caches: float
     gradients: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import attrs
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from sftk.core.state import detached
 from sftk.functional.exit_key import ExitKey
 from sftk.models.branch import ClassifierBranch
 from sftk.runtime.build import training_graph
@@ -16,15 +18,15 @@ from sftk.runtime.plan_models import MetaStage, RoleSize, meta_stage
 from sftk.runtime.plan_trace import Work
 from sftk.runtime.port import make_port
 from sftk.spec.recipe import Stage
-from sftk.spec.schema import PhaseSection
+from sftk.spec.turns import Turn, cycle
 
 
 @attrs.define(kw_only=True)
 class PhasePass:
-    """One micro-batch of a phase, the mean over its exit steps.
+    """One micro-batch of a turn, the mean over its exit steps.
 
     Args:
-        name, every, roles: of the phase.
+        name, roles: of the turn. every: steps to a turn, in the mean.
         peaks: bytes of gradients to the most other bytes alive with them, weights and optimiser apart; over all exit steps.
         work: the mean. exits: of each exit step; one where none is drawn.
         calls: role to how often it is called, forward and backward passes counted each; the mean.
@@ -32,7 +34,7 @@ class PhasePass:
     """
 
     name: str
-    every: int
+    every: float
     roles: tuple[str, ...]
     peaks: dict[int, int] = attrs.field(factory=dict)
     work: Work = attrs.field(factory=Work)
@@ -53,12 +55,12 @@ class StagePass:
     phases: tuple[PhasePass, ...]
 
 
-def pass_stage(stage: Stage, meta: MetaStage | None = None, phases: Sequence[PhaseSection] | None = None) -> StagePass:
-    """Runs a stage's phases on meta tensors, each once for every exit step.
+def pass_stage(stage: Stage, meta: MetaStage | None = None, turns: Sequence[Turn] | None = None) -> StagePass:
+    """Runs a stage's turns on meta tensors, each once for every exit step.
 
     Args:
         stage: from `load_recipe`.
-        meta: its models, where they are there already. phases: which ones; None is all.
+        meta: its models, where they are there already. turns: which ones; None is all.
 
     Example:
         >>> from sftk.spec.recipe import load_recipe
@@ -67,15 +69,17 @@ def pass_stage(stage: Stage, meta: MetaStage | None = None, phases: Sequence[Pha
         >>> phase.name, phase.calls
         ('df', {'denoiser': 2.0})
     """
-    meta, phases = meta or meta_stage(stage), stage.recipe.phases if phases is None else phases
-    outputs: dict[str, dict[str, Any]] = {}
-    return StagePass(roles=meta.sizes, phases=tuple(_pass_phase(meta, phase, outputs) for phase in phases))
+    meta, turns = meta or meta_stage(stage), stage.turns if turns is None else turns
+    times, outputs = cycle(stage.turns), {}
+    return StagePass(roles=meta.sizes, phases=tuple(_pass_turn(meta, turn, times, outputs) for turn in turns))
 
 
-def _pass_phase(meta: MetaStage, phase: PhaseSection, outputs: dict[str, dict[str, Any]]) -> PhasePass:
-    recipe, batch, models = meta.stage.recipe, meta.batch, meta.models
-    graph, tape = training_graph(phase, meta.stage.graphs[phase.name])
-    found = PhasePass(name=phase.name, every=phase.every, roles=phase.roles)
+def _pass_turn(meta: MetaStage, turn: Turn, times: dict[str, int], outputs: dict[str, dict[str, Any]]) -> PhasePass:
+    recipe, batch, models, phase = meta.stage.recipe, meta.batch, meta.models, turn.phase
+    graph, tape = training_graph(turn)
+    found = PhasePass(
+        name=turn.name, every=math.lcm(*(t.every for t in meta.stage.turns)) / times[turn.name], roles=phase.roles
+    )
     for role, module in models.items():
         module.requires_grad_(role in phase.roles)
     values = {name: batch[name] for name in (*graph.inputs, *graph.optional) if name in batch}
@@ -101,7 +105,7 @@ def _pass_phase(meta: MetaStage, phase: PhaseSection, outputs: dict[str, dict[st
             once = trace.work.attention - trace.work.attention_again
             tape.pull_back()
             trace.work.attention_again = trace.work.attention - once  # replay calls again what ran without a graph
-        outputs[phase.name] = {key: v.detach() if isinstance(v, Tensor) else v for key, v in out.items()}
+        outputs[phase.name] = detached(out)
         exits = max(key.choices, default=1)
         for gradients, alive in trace.peaks.items():
             found.peaks[gradients] = max(found.peaks.get(gradients, 0), alive)

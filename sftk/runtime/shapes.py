@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sftk.core.geometry import LatentShape
+from sftk.core.state import detached
 from sftk.data.sources import source
 from sftk.errors import Problem, SpecError
 from sftk.functional.keys import Key
@@ -48,8 +49,9 @@ def check_shapes(stage: Stage) -> list[PhaseShapes]:
     batch = meta_batch(stage)
     outputs: dict[str, dict[str, Any]] = {}
     found = []
-    for index, phase in enumerate(recipe.phases):
-        graph, tape = training_graph(phase, stage.graphs[phase.name])
+    places = {phase.name: place for place, phase in enumerate(recipe.phases)}
+    for turn in stage.turns:
+        phase, (graph, tape) = turn.phase, training_graph(turn)
         for role, module in models.items():
             module.requires_grad_(role in phase.roles)
         roles = {port: phase.models.get(port, port) for port in graph.ports}
@@ -66,13 +68,15 @@ def check_shapes(stage: Stage) -> list[PhaseShapes]:
             out[phase.loss].backward()
             tape.pull_back()
         except Exception as error:
-            problem = Problem(path=("phases", index), message=f"the phase {phase.name!r} fails on meta tensors: {error}")
+            problem = Problem(
+                path=("phases", places[phase.name]), message=f"the phase {turn.name!r} fails on meta tensors: {error}"
+            )
             raise SpecError([stage.document.locate(problem)]) from error
-        outputs[phase.name] = {key: v.detach() if isinstance(v, Tensor) else v for key, v in out.items()}
+        outputs[phase.name] = detached(out)
         shown = {
             key: f"{str(v.dtype).removeprefix('torch.')} {list(v.shape)}" for key, v in out.items() if isinstance(v, Tensor)
         }
-        found.append(PhaseShapes(phase=phase.name, outputs=shown, parameters={role: sizes[role] for role in phase.roles}))
+        found.append(PhaseShapes(phase=turn.name, outputs=shown, parameters={role: sizes[role] for role in phase.roles}))
     return found
 
 

@@ -143,11 +143,10 @@ class StageRun:
 
     def _explain(self, name: str, step: int, run_step: TrainingStep) -> str:
         phase = name.partition("/")[0]
-        section = next(p for p in self.stage.recipe.phases if p.name == phase)
-        graph = self.stage.graphs[phase]
-        models = {port: self.built.ports[section.models.get(port, port)] for port in graph.ports}
+        turn, micro_batches = run_step.recent[step, phase]
+        models = {port: self.built.ports[turn.phase.models.get(port, port)] for port in turn.graph.ports}
         # Every rank runs everything, however early it finds something: the others need it for sharded weights.
-        mine = [find_nonfinite(graph, values, models) for values in run_step.recent[step, phase]]
+        mine = [find_nonfinite(turn.graph, values, models) for values in micro_batches]
         culprit = next(filter(None, (found for each in self.built.mesh.gather(mine) for found in each)), None)
         self._saver.wait()
         saved = last_checkpoint(self.folder)

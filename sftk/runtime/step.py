@@ -11,11 +11,12 @@ from torch import Tensor
 
 from sftk.core.geometry import LatentShape
 from sftk.core.graph import Graph
-from sftk.core.state import from_state, to_state
+from sftk.core.state import detached, from_state, to_state
 from sftk.functional.keys import Key
 from sftk.runtime.build import Built
 from sftk.runtime.optim import apply_gradients, learning_rate, set_learning_rate
 from sftk.spec.schema import PhaseSection, Recipe
+from sftk.spec.turns import Turn
 
 Metrics = dict[str, Tensor]
 
@@ -38,8 +39,8 @@ class TrainingStep:
             height=recipe.latents.height,
             width=recipe.latents.width,
         )
-        self.recent: dict[tuple[int, str], list[dict[str, Any]]] = {}
-        """(step, phase) to the inputs of its micro-batches, for this step and the one before, whose metrics are read late."""
+        self.recent: dict[tuple[int, str], tuple[Turn, list[dict[str, Any]]]] = {}
+        """(step, phase) to its turn and its micro-batches, of this step and the one before, whose metrics are read late."""
 
         self.mesh = built.mesh
         self.per_rank, self.accumulation = recipe.batch.split(self.mesh.data_world)
@@ -54,22 +55,22 @@ class TrainingStep:
         self.recent = {place: found for place, found in self.recent.items() if place[0] == step - 1}
         outputs: dict[str, list[dict[str, Any]]] = {}
         inputs: dict[str, list[dict[str, Any]]] = {}
-        for phase in self.recipe.phases:
-            if step % phase.every == 0:
-                metrics |= self.run_phase(phase, step, outputs, inputs)
+        for turn in self.built.turns:
+            if turn.due(step):
+                metrics |= self.run_turn(turn, step, outputs, inputs)
         for ema in self.built.emas.values():
             ema.update(step)
         return metrics
 
-    def run_phase(
-        self, phase: PhaseSection, step: int, outputs: dict[str, list[dict[str, Any]]], inputs: dict[str, list[dict[str, Any]]]
+    def run_turn(
+        self, turn: Turn, step: int, outputs: dict[str, list[dict[str, Any]]], inputs: dict[str, list[dict[str, Any]]]
     ) -> Metrics:
         """One phase of a step, up to its update.
 
         Args:
             outputs, inputs: those of the phases so far, by name, for each micro-batch; this phase adds its own.
         """
-        graph, recipe, built = self.built.graphs[phase.name], self.recipe, self.built
+        phase, graph, recipe, built = turn.phase, self.built.graphs[turn.name], self.recipe, self.built
         self.mesh.world_.watch.at(f"step {step + 1}, phase {phase.name!r}")
         for role, module in built.modules.items():
             module.requires_grad_(role in phase.roles)
@@ -77,19 +78,19 @@ class TrainingStep:
         total, weights = None, None
         logged: dict[str, list[Tensor]] = {key: [] for key in phase.log}
         outputs[phase.name], inputs[phase.name] = [], []
+        self.recent[step, phase.name] = turn, []
         for micro in range(self.accumulation):
             values = self._inputs(phase, graph, step, micro, outputs, inputs)
-            self.recent.setdefault((step, phase.name), []).append(values)
+            self.recent[step, phase.name][1].append(values)
             out = from_state(graph(to_state(values, like=TensorDict()), models))
             loss, weight = out[phase.loss], out[f"{phase.loss}_weight"]
-            self._backward(phase, loss, last=micro + 1 == self.accumulation)
+            self._backward(turn, loss, last=micro + 1 == self.accumulation)
             total = loss.detach() if total is None else total + loss.detach()
             weights = weight if weights is None else weights + weight
             for key, found in logged.items():
                 value = out[key].detach()
                 found.append(value.to(torch.promote_types(value.dtype, torch.float32)).mean())
-            kept = {key: value for key, value in out.items() if key in graph.outputs}
-            outputs[phase.name].append({key: v.detach() if isinstance(v, Tensor) else v for key, v in kept.items()})
+            outputs[phase.name].append(detached({key: value for key, value in out.items() if key in graph.outputs}))
         for role in phase.roles:
             built.syncs[role].finish()
         assert total is not None and weights is not None
@@ -106,9 +107,9 @@ class TrainingStep:
             built.syncs[role].rest()
         return metrics | {f"{phase.name}/{key}": value for key, value in means.items()}
 
-    def _backward(self, phase: PhaseSection, loss: Tensor, *, last: bool) -> None:
+    def _backward(self, turn: Turn, loss: Tensor, *, last: bool) -> None:
         """The loss's backward pass, then those of replayed steps; ranks share gradients in the last of each."""
-        syncs = [self.built.syncs[role] for role in phase.roles]
+        syncs = [self.built.syncs[role] for role in turn.phase.roles]
 
         def share(now: bool) -> None:
             for sync in syncs:
@@ -117,7 +118,7 @@ class TrainingStep:
         share(last)
         loss.backward()
         share(False)
-        self.built.tapes[phase.name].pull_back(lambda: share(last))
+        self.built.tapes[turn.name].pull_back(lambda: share(last))
 
     def _over_ranks(self, total: Tensor, weights: Tensor, means: Metrics) -> tuple[Tensor, Tensor, Metrics]:
         """Loss and weight summed over all samples, metrics averaged, in one collective."""

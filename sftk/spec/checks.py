@@ -23,6 +23,7 @@ from sftk.spec.fetch import download_of
 from sftk.spec.files import find_file
 from sftk.spec.sample_checks import sample_files, sample_findings
 from sftk.spec.schema import AUTO, ModelSection, PhaseSection, Recipe
+from sftk.spec.turns import sharing_findings
 from sftk.spec.validators import PLAIN_NAME
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ class Checks:
         for index, phase in enumerate(self.recipe.phases):
             self._phase(phase, index, seen)
             seen[phase.name] = phase, self.graphs[index]
+        known = {phase.name: graph for phase, graph in zip(self.recipe.phases, self.graphs, strict=True) if graph is not None}
+        for path, message, hint in sharing_findings(self.recipe, known):
+            self._say(path, message, hint)
         return self.problems
 
     def _say(self, path: tuple[str | int, ...], message: str, hint: str | None = None) -> None:

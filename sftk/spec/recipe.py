@@ -25,6 +25,7 @@ from sftk.spec.plugins import load_plugins
 from sftk.spec.schema import AUTO, PhaseSection, Recipe, StagedRecipe
 from sftk.spec.sizes import fill_sizes, written_size
 from sftk.spec.source import read_yaml
+from sftk.spec.turns import Turn, turns
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -44,6 +45,11 @@ class Stage:
     graphs: dict[str, Graph]
     document: Document
     path: Path
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """Its phases as they run, see `sftk.spec.turns`."""
+        return turns(self.recipe, self.graphs)
 
     @property
     def resolved(self) -> dict[str, Any]:

@@ -254,6 +254,7 @@ class Recipe:
     phases: tuple[PhaseSection, ...]
     train: TrainSection
     batch: BatchSection
+    share_rollout: bool = False
     ema: dict[str, EmaSection] = attrs.field(factory=dict)
     fetch: dict[str, FetchSection] = attrs.field(factory=dict)
     eval: EvalSection | None = None

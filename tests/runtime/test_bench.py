@@ -34,14 +34,14 @@ def test_chosen_exit_steps_leave_tensors_as_they_are():
 
 
 def test_cases_of_a_recipe(tiny):
-    recipe = load_recipe(tiny())[0].recipe
-    assert case_names(recipe) == ("generator", "critic", "rollout", "forward", "forward_backward")
+    (stage,) = load_recipe(tiny())
+    assert case_names(stage) == ("generator", "critic", "rollout", "forward", "forward_backward")
     with pytest.raises(SpecError, match=r"no case 'criti' to measure, only .*; did you mean 'critic'"):
-        case_names(recipe, ["criti"])
+        case_names(stage, ["criti"])
 
 
 def test_counts_are_of_all_passes_of_an_update(tiny):
-    counts = count_cases(load_recipe(tiny())[0], case_names(load_recipe(tiny())[0].recipe))
+    counts = count_cases(load_recipe(tiny())[0], case_names(load_recipe(tiny())[0]))
     halves = count_cases(load_recipe(tiny(), ["batch.per_rank=1"])[0], ["critic", "forward"])
     assert list(counts) == [
         *(("generator", 0), ("generator", 1), ("critic", 0), ("critic", 1)),
@@ -102,10 +102,8 @@ def test_a_phase_that_reads_another_is_measured_without_it(tiny, monkeypatch):
     )
     *_, cases = make_cases(path)
     ran = []
-    plain = TrainingStep.run_phase
-    monkeypatch.setattr(
-        TrainingStep, "run_phase", lambda self, phase, *rest: (ran.append(phase.name), plain(self, phase, *rest))
-    )
+    plain = TrainingStep.run_turn
+    monkeypatch.setattr(TrainingStep, "run_turn", lambda self, turn, *rest: (ran.append(turn.name), plain(self, turn, *rest)))
     (case,) = cases.make("critic", [None])
     case.run()
     case.run()
