@@ -18,7 +18,8 @@ import torch
 from sftk.data.sources import source
 from sftk.runtime.build import build_stage
 from sftk.runtime.plan import plan_stage
-from sftk.runtime.plan_layout import GIB, Plan
+from sftk.runtime.plan_layout import Plan
+from sftk.runtime.plan_rates import GIB
 from sftk.runtime.step import TrainingStep
 from sftk.spec.recipe import load_recipe
 

@@ -7,15 +7,6 @@ from pathlib import Path
 
 import click
 
-from sftk.runtime.attention_choice import choose, save_choice
-from sftk.runtime.bench import BenchOptions, run_bench, write_json
-from sftk.runtime.bench_attention import attention_lines, bench_attention, model_shapes
-from sftk.runtime.bench_report import read_report, report_lines
-from sftk.runtime.device import pick_device, set_precision
-from sftk.runtime.sample_options import sampled_role
-from sftk.spec.recipe import load_recipe
-from sftk.spec.variants import load_variants
-
 DEFAULT_RECIPE = "benchmarks/dmd_1.3b.yaml"
 
 
@@ -77,6 +68,10 @@ def recipe(
 
     Without RECIPE it is a DMD step at the size of Wan 2.1 1.3B with random weights.
     """
+    from sftk.runtime.bench import BenchOptions, run_bench, write_json
+    from sftk.runtime.bench_report import read_report, report_lines
+    from sftk.spec.variants import load_variants
+
     chosen, overrides = _recipe(arguments)
     before = None if against is None else read_report(against)
     options = BenchOptions(
@@ -106,6 +101,13 @@ def attention(
     arguments: tuple[str, ...], only: tuple[str, ...], repeats: int, frames_per_block: int, json_file: Path | None, save: bool
 ) -> None:
     """Measure attention at the shapes of RECIPE's student: each backend's TFLOP/s, and its error against float32."""
+    from sftk.runtime.attention_choice import choose, save_choice
+    from sftk.runtime.bench import write_json
+    from sftk.runtime.bench_attention import attention_lines, bench_attention, model_shapes
+    from sftk.runtime.device import pick_device, set_precision
+    from sftk.runtime.sample_options import sampled_role
+    from sftk.spec.recipe import load_recipe
+
     chosen, overrides = _recipe(arguments)
     stage = load_recipe(chosen, overrides)[-1]
     device = pick_device(stage.recipe.device)

@@ -2,29 +2,67 @@
 
 from __future__ import annotations
 
-import click
-from rich.console import Console
+import sys
+from typing import TYPE_CHECKING
 
-from sftk.runtime.evaluators import evaluation_problems
-from sftk.runtime.shapes import check_shapes
-from sftk.spec.fetch import how_to_get, missing_files
-from sftk.spec.rank_checks import check_ranks
-from sftk.spec.recipe import Stage, find_document, is_study, load_recipe
-from sftk.spec.study import load_study
+import click
+
+from sftk.cli.endings import ending
+from sftk.errors import SftkError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sftk.spec.recipe import Stage
 
 
 @click.command()
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@click.argument("recipes", nargs=-1, required=True, metavar="RECIPE... [KEY.PATH=VALUE]...")
 @click.option("--shapes", is_flag=True, help="Also run the whole training step on meta tensors.")
 @click.option("--ranks", type=click.IntRange(1), help="Also check how so many processes would share weights and samples.")
 @click.option("--node", type=click.IntRange(1), help="Of them on each node [default: all].")
-def check(recipe: str, overrides: tuple[str, ...], shapes: bool, ranks: int | None, node: int | None) -> None:
-    """Check structure, options, keys and model ports of RECIPE, or of every run of a study, without loading a weight.
+def check(recipes: tuple[str, ...], shapes: bool, ranks: int | None, node: int | None) -> None:
+    """Check structure, options, keys and model ports of each RECIPE, or of every run of a study, without loading a weight.
 
-    Every mistake is reported at once, with its path and line; the exit code is then 2.
+    Every mistake is reported at once, with its path and line; the exit code is then 2. Overrides hold for all recipes that are
+    named, and plugins of one are there for the next.
     """
+    if "=" in recipes[0]:
+        raise click.UsageError(f"no recipe is named before the override {recipes[0]!r}")
+    names = [recipes[0], *filter(_is_file_name, recipes[1:])]
+    overrides = tuple(argument for argument in recipes[1:] if not _is_file_name(argument))
+    from rich.console import Console
+
     console = Console(highlight=False)
+    if len(names) == 1:
+        _check(console, names[0], overrides, shapes, ranks, node)
+        return
+    failed: dict[str, int] = {}
+    for name in names:
+        try:
+            _check(console, name, overrides, shapes, ranks, node)
+        except SftkError as error:
+            found = ending(error)
+            assert found is not None
+            message, failed[name] = found
+            click.echo(f"{name}: {message}", err=True)
+    if failed:
+        click.echo(f"{len(failed)} of {len(names)} recipes failed: {', '.join(failed)}", err=True)
+        sys.exit(max(failed.values()))
+
+
+def _is_file_name(argument: str) -> bool:
+    """Whether it is a further recipe; whatever else there is, is an override, or a mistake in one."""
+    return "=" not in argument and argument.endswith((".yaml", ".yml"))
+
+
+def _check(
+    console: Console, recipe: str, overrides: tuple[str, ...], shapes: bool, ranks: int | None, node: int | None
+) -> None:
+    from sftk.runtime.evaluators import evaluation_problems
+    from sftk.spec.recipe import find_document, is_study, load_recipe
+    from sftk.spec.study import load_study
+
     if not is_study(find_document(recipe)[1]):
         for stage in load_recipe(recipe, overrides, check=evaluation_problems):
             _print(console, stage.name, stage, shapes)
@@ -40,18 +78,29 @@ def check(recipe: str, overrides: tuple[str, ...], shapes: bool, ranks: int | No
 
 
 def _print(console: Console, name: str, stage: Stage, shapes: bool) -> None:
+    from sftk.spec.fetch import how_to_get, missing_files
+
     phases = ", ".join(f"{p.name} ({len(stage.graphs[p.name].nodes)} nodes)" for p in stage.recipe.phases)
     console.print(f"{name}: ok: {phases}", soft_wrap=True)
     for file in missing_files(stage):
         how = how_to_get(file.folder or file.name, stage.recipe.fetch)
         console.print(f"  not here yet: {file.name} ({', '.join(file.used_by)}); {how}", soft_wrap=True, markup=False)
-    for found in check_shapes(stage) if shapes else ():
+    if shapes:
+        _print_shapes(console, stage)
+
+
+def _print_shapes(console: Console, stage: Stage) -> None:
+    from sftk.runtime.shapes import check_shapes
+
+    for found in check_shapes(stage):
         outputs = ", ".join(f"{key} {shape}" for key, shape in found.outputs.items())
         sizes = ", ".join(f"{role} {count / 1e6:.3f} M parameters" for role, count in found.parameters.items())
         console.print(f"  {found.phase}: updates {sizes}; returns {outputs}", soft_wrap=True)
 
 
 def _print_ranks(console: Console, stage: Stage, ranks: int | None, node: int | None) -> None:
+    from sftk.spec.rank_checks import check_ranks
+
     if ranks is None:
         return
     found = check_ranks(stage, ranks, node or ranks)

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from sftk.data.embed import embed_prompts, prompts_of
-from sftk.data.encode import Encoding, encode_folder
-from sftk.data.prompts import first_prompts
 from sftk.errors import SftkError
-from sftk.runtime.inspect_data import inspect_data
-from sftk.runtime.prepare import prepare_recipe
-from sftk.runtime.progress import TrainingProgress
-from sftk.spec.source import parse_yaml
 
 
 @click.group()
@@ -31,6 +25,11 @@ def ode_pairs(recipe: str, overrides: tuple[str, ...]) -> None:
 
     Pairs that are there stay; it may be stopped and started again, and several of it may run at once.
     """
+    from rich.console import Console
+
+    from sftk.runtime.prepare import prepare_recipe
+    from sftk.runtime.progress import TrainingProgress
+
     with TrainingProgress(Console()) as progress:
         prepare_recipe(recipe, overrides, progress)
 
@@ -43,7 +42,22 @@ def _size(context: click.Context, parameter: click.Parameter, value: str) -> tup
 
 
 def _choice(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:
-    return None if value is None else parse_yaml(value, f"--{parameter.name}").value
+    if value is None:
+        return None
+    from sftk.spec.source import parse_yaml
+
+    return parse_yaml(value, f"--{parameter.name}").value
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows how much of one stage is done; the value is called with the count so far, from 0, and the total."""
+    from rich.console import Console
+
+    from sftk.runtime.progress import TrainingProgress
+
+    with TrainingProgress(Console()) as progress:
+        yield lambda done, total: progress.update(done) if done else progress.stage(name, total)
 
 
 @data.command()
@@ -71,15 +85,10 @@ def encode(
 
     A caption is the text file of the video's name, or a line of the caption file. Videos that are in the store stay.
     """
+    from sftk.data.encode import Encoding, encode_folder
+
     encoding = Encoding(codec=codec, frames=frames, height=size[0], width=size[1], fps=fps, every_clip=every_clip)
-    with TrainingProgress(Console()) as progress:
-
-        def report(done: int, total: int) -> None:
-            if done == 0:
-                progress.stage("encode", total)
-            else:
-                progress.update(done)
-
+    with _progress("encode") as report:
         found = encode_folder(folder, out, encoding, captions=captions, skip_bad=skip_bad, report=report)
     _list_bad(found.bad)
     click.echo(f"{out}: {found.clips} clips written, {found.there} videos were there already, {len(found.bad)} left out")
@@ -98,17 +107,13 @@ def embed(prompts: Path, out: Path, text: Any, negative: tuple[str, ...], first:
 
     PROMPTS is a prompt file, a store of latents, or a folder of captioned images. Prompts that are in the store stay.
     """
+    from sftk.data.embed import embed_prompts, prompts_of
+    from sftk.data.prompts import first_prompts
+
     if not prompts.exists():
         raise SftkError(f"no such file or folder {prompts}")
     texts = ("", *negative, *first_prompts(prompts_of(prompts), first, prompts))
-    with TrainingProgress(Console()) as progress:
-
-        def report(done: int, total: int) -> None:
-            if done == 0:
-                progress.stage("embed", total)
-            else:
-                progress.update(done)
-
+    with _progress("embed") as report:
         found = embed_prompts(texts, out, text, format=format, batch=batch, report=report)
     click.echo(f"{out}: {found.written} prompts embedded, {found.there} were there already")
 
@@ -126,6 +131,8 @@ def inspect(path: Path, out: Path | None, codec: Any, rows: int, skip_bad: bool)
     """
     if not path.exists():
         raise SftkError(f"no such file or folder {path}")
+    from sftk.runtime.inspect_data import inspect_data
+
     found = inspect_data(path, out or path.resolve().with_suffix(".png"), codec=codec, rows=rows, skip_bad=skip_bad)
     _list_bad(found.bad)
     click.echo("\n".join(found.lines))

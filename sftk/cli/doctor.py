@@ -6,15 +6,15 @@ import sys
 
 import click
 
-from sftk.runtime.doctor import examine
-from sftk.spec.recipe import load_recipe
-
 
 @click.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 def doctor(recipe: str, overrides: tuple[str, ...]) -> None:
     """Say what RECIPE needs and what of it this machine has. The exit code is 1 when something is missing."""
+    from sftk.runtime.doctor import examine
+    from sftk.spec.recipe import load_recipe
+
     missing = 0
     for stage in load_recipe(recipe, overrides):
         click.echo(f"{stage.name}:")

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import click
 
-from sftk.models.export import SHARD_BYTES, export_weights
-from sftk.models.formats import open_weights
-from sftk.models.weights import DTYPES
-from sftk.runtime.inference import find_weights
+DTYPES = ("bf16", "fp16", "fp32", "fp64")
+"""Of `sftk.models.weights`; here, too, so that a usage error needs no torch."""
 
 
 @click.command()
@@ -24,11 +22,11 @@ from sftk.runtime.inference import find_weights
     show_default=True,
     help="One safetensors file of ours, or a folder as Wan publishes it or as diffusers loads it.",
 )
-@click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="Cast the weights [default: as they are].")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Cast the weights [default: as they are].")
 @click.option(
     "--shard-size",
     type=click.FloatRange(0, min_open=True),
-    default=SHARD_BYTES / 1e9,
+    default=5.0,
     show_default=True,
     help="GB above which a folder's weights are split into several files with an index.",
 )
@@ -40,13 +38,18 @@ def export(
     CHECKPOINT is a run's folder, one of its checkpoints, or weights: a safetensors file, a folder of the original Wan or of
     diffusers, or a PyTorch file (file.pt:entry).
     """
+    from sftk.models import weights as saved
+    from sftk.models.export import export_weights
+    from sftk.models.formats import open_weights
+    from sftk.runtime.inference import find_weights
+
     weights = find_weights(checkpoint, role=role, average=not last)
     source = open_weights(weights)
     files = export_weights(
         source,
         out,
         format=format,  # pyright: ignore[reportArgumentType]
-        dtype=DTYPES[dtype] if dtype else None,
+        dtype=saved.DTYPES[dtype] if dtype else None,
         shard_bytes=round(shard_size * 1e9),
     )
     size = sum(file.stat().st_size for file in files) / 1e6

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import click
 
-from sftk.runtime.download import downloads, run_download
-from sftk.spec.recipe import load_recipe
-
 
 @click.command()
 @click.argument("recipe")
@@ -18,6 +15,9 @@ def fetch(recipe: str, overrides: tuple[str, ...], run: bool, everything: bool) 
 
     With --run the downloads are made; commands that make data are left to you.
     """
+    from sftk.runtime.download import downloads, run_download
+    from sftk.spec.recipe import load_recipe
+
     found = downloads(load_recipe(recipe, overrides), everything=everything)
     if not found:
         click.echo("nothing to download")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import attrs
 import click
 
-from sftk.runtime.plan import plan_stage
-from sftk.runtime.plan_layout import GIB, SHARDINGS, Plan
-from sftk.runtime.plan_rates import GPUS
-from sftk.spec.recipe import load_recipe
+from sftk.runtime.plan_rates import GIB, GPUS, SHARDINGS
+
+if TYPE_CHECKING:
+    from sftk.runtime.plan_layout import Plan
 
 
 @click.command()
@@ -35,6 +34,11 @@ def plan(
     as_json: bool,
 ) -> None:
     """Estimate memory, time and communication of RECIPE on given GPUs, without weights and without a GPU."""
+    import attrs
+
+    from sftk.runtime.plan import plan_stage
+    from sftk.spec.recipe import load_recipe
+
     plans = [
         plan_stage(stage, gpus=gpus, gpu_name=gpu_name, sharding=sharding, node=node, eight_bit=eight_bit)
         for stage in load_recipe(recipe, overrides)

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import attrs
 import click
 
-from sftk.runtime.evaluators import evaluation_problems
-from sftk.runtime.launch import Launch, launch, processes
-from sftk.runtime.run import run_recipe
-from sftk.runtime.rundir import RunDir, open_run
-from sftk.runtime.study import run_study
-from sftk.spec.rank_checks import check_ranks
-from sftk.spec.recipe import find_document, is_study, load_recipe
+if TYPE_CHECKING:
+    from sftk.runtime.launch import Launch
 
 
 @click.command()
@@ -65,6 +60,11 @@ def run(
 
     With --nproc this starts that many processes; under torchrun or srun, each process is started with this command as it is.
     """
+    from sftk.runtime.launch import Launch, processes
+    from sftk.runtime.run import run_recipe
+    from sftk.runtime.study import run_study
+    from sftk.spec.recipe import find_document, is_study
+
     study = is_study(find_document(recipe)[1])
     if jobs is not None and not study:
         raise click.UsageError("--jobs is for studies; this recipe is one run")
@@ -89,6 +89,14 @@ def run(
 
 def _launch(recipe: str, overrides: tuple[str, ...], run_dir: Path | None, flags: list[str], options: Launch) -> int:
     """Checks the recipe once, for these ranks, and starts the processes."""
+    import attrs
+
+    from sftk.runtime.evaluators import evaluation_problems
+    from sftk.runtime.launch import launch
+    from sftk.runtime.rundir import RunDir, open_run
+    from sftk.spec.rank_checks import check_ranks
+    from sftk.spec.recipe import load_recipe
+
     for stage in load_recipe(recipe, overrides, check=evaluation_problems):
         check_ranks(stage, options.ranks, options.nproc)
     if options.nnodes == 1:

@@ -6,18 +6,15 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
-from sftk.data.prompts import read_extended, read_prompts
 from sftk.errors import SftkError
-from sftk.runtime.device import pick_device
-from sftk.runtime.inference import load_sampler
-from sftk.runtime.sample_files import Clip, clip_files, write_samples
-from sftk.runtime.sampler import Sampler, spread_seeds
-from sftk.runtime.starts import image_latents, read_latents, video_latents
+
+if TYPE_CHECKING:
+    from sftk.runtime.sample_files import Clip
+    from sftk.runtime.sampler import Sampler
 
 FILE = click.Path(path_type=Path)
 
@@ -77,11 +74,17 @@ def sample(
     MODEL is a run's folder, one of its checkpoints, a weight file in one, or a recipe, whose own weights are taken or those of
     --weights. Anything about sampling can be changed: `sampling.steps=[1000, 500]`, `sampling.window=21`, `precision=bf16`.
     """
-    clips = _clips(prompts, prompt_file, extended, seeds, out)
+    if not prompts and prompt_file is None:
+        raise click.UsageError("nothing to show: give --prompt TEXT or --prompts FILE")
     if sum(map(bool, (images, video, initial))) > 1:
         raise click.UsageError("--image, --video and --initial each say what videos begin with; give one of them")
     if keep is not None and not (video or initial):
         raise click.UsageError("--keep is for --video and --initial")
+    from sftk.runtime.device import pick_device
+    from sftk.runtime.inference import load_sampler
+    from sftk.runtime.sample_files import write_samples
+
+    clips = _clips(prompts, prompt_file, extended, seeds, out)
     if len(images) not in (0, 1, len(clips)):
         raise SftkError(f"{len(images)} pictures for {len(clips)} videos; give one for all, or one for each")
     sampler = load_sampler(model, overrides, role=role, device=pick_device(device), weights=weights)
@@ -110,9 +113,11 @@ def _clips(
     prompts: tuple[str, ...], prompt_file: Path | None, extended: Path | None, seeds: tuple[int, ...], out: Path
 ) -> list[Clip]:
     """The videos that are asked for: each prompt once, or one prompt with each of several seeds."""
+    from sftk.data.prompts import read_extended, read_prompts
+    from sftk.runtime.sample_files import Clip, clip_files
+    from sftk.runtime.sampler import spread_seeds
+
     found = (*prompts, *(() if prompt_file is None else read_prompts(prompt_file)))
-    if not found:
-        raise click.UsageError("nothing to show: give --prompt TEXT or --prompts FILE")
     texts = found if extended is None else read_extended(extended, found, prompt_file or "the command line")
     if len(found) == 1 and len(seeds) > 1:
         found, texts = found * len(seeds), texts * len(seeds)
@@ -127,6 +132,10 @@ def _start(
     sampler: Sampler, images: tuple[Path, ...], video: Path | None, initial: Path | None, keep: int | None
 ) -> Callable[[], Any] | None:
     """What gives the latents that the videos begin with, or None."""
+    import torch
+
+    from sftk.runtime.starts import image_latents, read_latents, video_latents
+
     if images:
         return lambda: torch.cat([image_latents(sampler, path) for path in images])
     if video is not None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from sftk.core.graph import Graph
 from sftk.errors import Problem, SpecError, did_you_mean
-from sftk.spec.document import Document
-from sftk.spec.graphs import load_graph
-from sftk.spec.overrides import apply_overrides
-from sftk.spec.recipe import find_document, load_recipe
+
+if TYPE_CHECKING:
+    from sftk.core.graph import Graph
 
 
 @click.command()
@@ -33,6 +33,11 @@ def show(recipe: str, overrides: tuple[str, ...], phase: str | None, mermaid: bo
 
 
 def _graphs(recipe: str, overrides: tuple[str, ...]) -> dict[str, Graph]:
+    from sftk.spec.document import Document
+    from sftk.spec.graphs import load_graph
+    from sftk.spec.overrides import apply_overrides
+    from sftk.spec.recipe import find_document, load_recipe
+
     value = find_document(recipe)[1].value
     if isinstance(value, dict) and "nodes" in value:
         params = apply_overrides(Document(value={}, file=recipe), overrides).value

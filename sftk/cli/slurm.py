@@ -6,12 +6,6 @@ from pathlib import Path
 
 import click
 
-from sftk.runtime.evaluators import evaluation_problems
-from sftk.runtime.rundir import write_text
-from sftk.runtime.slurm import SlurmJob, batch_script
-from sftk.spec.arrangement import arrange_ranks
-from sftk.spec.recipe import load_recipe
-
 
 @click.command()
 @click.argument("recipe")
@@ -52,6 +46,12 @@ def slurm(
 
     The job saves a checkpoint before its time is over and is queued again; when a process dies it goes on from the last one.
     """
+    from sftk.runtime.evaluators import evaluation_problems
+    from sftk.runtime.rundir import write_text
+    from sftk.runtime.slurm import SlurmJob, batch_script
+    from sftk.spec.arrangement import arrange_ranks
+    from sftk.spec.recipe import load_recipe
+
     for stage in load_recipe(recipe, overrides, check=evaluation_problems):
         arrange_ranks(stage.recipe, nodes * gpus, gpus)
     name = Path(recipe).stem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
 _transforms: dict[str, Transform] = {}
 _graph_reader: list[Callable[..., Any]] = []
+
+BUILTIN = ("sftk.functional", "sftk.objectives", "sftk.spec")
+"""What registers the package's own transforms and its reader of specs; by name, as core imports nothing above it."""
 
 
 def register(name: str, made: Transform) -> None:
@@ -48,10 +52,11 @@ def lookup(name: str) -> Transform:
         SpecError: no such name; the message suggests the nearest.
 
     Example:
-        >>> import sftk
         >>> lookup("add_noise")
         <transform add_noise(x0, noise, timestep) -> noisy>
     """
+    if name not in _transforms:
+        _load_builtin()
     if name not in _transforms:
         hint = did_you_mean(name, _transforms)
         raise SpecError(f"unknown transform {name!r}" + (f"; {hint}" if hint else "") + " (is its module in `plugins:`?)")
@@ -60,7 +65,13 @@ def lookup(name: str) -> Transform:
 
 def transforms() -> Mapping[str, Transform]:
     """Every registered transform by name (read-only)."""
+    _load_builtin()
     return MappingProxyType(_transforms)
+
+
+def _load_builtin() -> None:
+    for name in BUILTIN:
+        import_module(name)
 
 
 def set_graph_reader(reader: Callable[..., Any]) -> None:
@@ -71,5 +82,5 @@ def set_graph_reader(reader: Callable[..., Any]) -> None:
 def read_graph(path: Any, params: Mapping[str, Any]) -> Any:
     """A graph from a spec file, through the reader that `sftk.spec` installed."""
     if not _graph_reader:
-        raise SpecError("reading specs needs `import sftk.spec` first")
+        _load_builtin()
     return _graph_reader[0](path, params)

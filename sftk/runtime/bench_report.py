@@ -9,7 +9,7 @@ from typing import Any
 
 from sftk.errors import DataError
 from sftk.runtime.bench_rows import Row, spread
-from sftk.runtime.plan_layout import GIB
+from sftk.runtime.plan_rates import GIB
 
 NOISE = 0.02
 """Share by which times may differ without meaning anything, besides their own spread; our choice."""

@@ -13,7 +13,7 @@ import torch
 
 from sftk.functional.attention import available_backends
 from sftk.runtime.plan import plan_stage
-from sftk.runtime.plan_layout import GIB
+from sftk.runtime.plan_rates import GIB
 from sftk.spec.fetch import NamedFile, how_to_get, recipe_files
 from sftk.spec.recipe import Stage
 

@@ -20,9 +20,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from sftk.errors import DistributedError
+from sftk.runtime.interrupt import exit_code
 from sftk.runtime.jobs import available_threads
 from sftk.runtime.rundir import RunDir
-from sftk.runtime.signals import exit_code
 
 SHUTDOWN_SECONDS = 600
 """What processes get to write a checkpoint after a signal, before they are killed."""

@@ -7,9 +7,9 @@ import attrs
 from sftk.errors import SpecError
 from sftk.models.rope import rope_table
 from sftk.runtime.plan_advice import advise
-from sftk.runtime.plan_layout import Plan, Sharding, arrange
+from sftk.runtime.plan_layout import Plan, arrange
 from sftk.runtime.plan_pass import pass_stage
-from sftk.runtime.plan_rates import gpu
+from sftk.runtime.plan_rates import Sharding, gpu
 from sftk.spec.recipe import Stage
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import attrs
 
 from sftk.core.replay import is_replayable
-from sftk.runtime.plan_layout import GIB, Plan, Sharding, arrange
+from sftk.runtime.plan_layout import Plan, arrange
 from sftk.runtime.plan_pass import StagePass, pass_stage
-from sftk.runtime.plan_rates import gpu
+from sftk.runtime.plan_rates import GIB, Sharding, gpu
 from sftk.spec.arrangement import sequence_problems
 from sftk.spec.recipe import Stage
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import attrs
 
 from sftk.runtime.plan_pass import PhasePass, StagePass
-from sftk.runtime.plan_rates import NETWORK, Gpu
+from sftk.runtime.plan_rates import GIB, NETWORK, Gpu, Sharding
 from sftk.spec.recipe import Stage
 
-Sharding = Literal["replicate", "fsdp", "hsdp"]
-SHARDINGS: tuple[Sharding, ...] = ("replicate", "fsdp", "hsdp")
-GIB = 2**30
 SLACK = 0.03
 """Share of a GPU's memory that the allocator loses to fragments; our choice."""
 SLOWER = {"bf16": 1.0, "tf32": 2.0, "fp32": 10.0, "fp64": 10.0}

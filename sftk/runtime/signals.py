@@ -6,7 +6,6 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,27 +13,6 @@ import torch.distributed as dist
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """SIGUSR1 is what a scheduler sends some minutes before a job's time is over."""
-
-GO_ON_LATER = 75
-"""Exit code of a run that SIGUSR1 stopped, EX_TEMPFAIL of sysexits.h: start the same command again with `--resume`."""
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; a checkpoint was saved first."""
-
-    def __init__(self, name: str, step: int, checkpoint: Path):
-        self.signal, self.step, self.checkpoint = name, step, checkpoint
-        super().__init__(f"stopped by {name} after step {step}; saved {checkpoint}")
-
-
-def exit_code(number: int) -> int:
-    """The exit code of a run that a signal stopped, after its checkpoint.
-
-    Example:
-        >>> exit_code(signal.SIGINT), exit_code(signal.SIGTERM), exit_code(signal.SIGUSR1)
-        (130, 143, 75)
-    """
-    return GO_ON_LATER if number == signal.SIGUSR1 else 128 + number
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Literal
 import attrs
 
 from sftk.errors import SftkError
-from sftk.runtime.signals import GO_ON_LATER
+from sftk.runtime.interrupt import GO_ON_LATER
 
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 

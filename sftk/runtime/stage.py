@@ -14,12 +14,13 @@ from sftk.runtime.checkpoint_restore import restore
 from sftk.runtime.checkpoint_saver import Saver
 from sftk.runtime.checkpoint_state import optimizer_parts, saved_models, weight_parts
 from sftk.runtime.device import pick_device
+from sftk.runtime.interrupt import Interrupted
 from sftk.runtime.loader import Loader, make_loader
 from sftk.runtime.mesh import make_mesh
 from sftk.runtime.meter import Meter, first_nonfinite
 from sftk.runtime.probe import find_nonfinite
 from sftk.runtime.progress import TrainingProgress
-from sftk.runtime.signals import Interrupted, agreed, catch_signals
+from sftk.runtime.signals import agreed, catch_signals
 from sftk.runtime.step import TrainingStep
 from sftk.runtime.tracking import Tracker
 from sftk.runtime.world import World

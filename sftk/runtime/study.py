@@ -11,10 +11,11 @@ from rich.console import Console
 
 from sftk.errors import SftkError
 from sftk.runtime.evaluators import evaluation_problems
+from sftk.runtime.interrupt import Interrupted, exit_code
 from sftk.runtime.jobs import Job, available_threads, locked
 from sftk.runtime.page import duration
 from sftk.runtime.rundir import RunDir, write_text
-from sftk.runtime.signals import STOPPING, Interrupted, catch_signals, exit_code
+from sftk.runtime.signals import STOPPING, catch_signals
 from sftk.runtime.study_plan import PlannedRun, Runs, chain_lengths, plan_runs
 from sftk.runtime.study_progress import StudyProgress, counts
 from sftk.runtime.study_report import write_study_report

@@ -38,6 +38,10 @@ class Document:
     file: str
     marks: Mapping[KeyPath, Place] = attrs.field(factory=dict, repr=False)
 
+    def copy(self) -> Document:
+        """The same document with a value of its own."""
+        return attrs.evolve(self, value=_copy(self.value))
+
     def where(self, path: KeyPath) -> Place:
         """The file and line of `path`, or of its nearest ancestor that has one."""
         prefixes = (path[:length] for length in range(len(path), -1, -1))

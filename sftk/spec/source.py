@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,12 @@ def parse_yaml(text: str, file: str) -> Document:
         Traceback (most recent call last):
         sftk.errors.SpecError: duplicate key 'a' @ $ (x.yaml:2); it was given in line 1
     """
+    return _parsed(text, file).copy()
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str, file: str) -> Document:
+    """A recipe's graphs, and a study's recipes even more so, use the same few specs again and again."""
     node = compose(text, file)
     if node is None or (node.tag == PLAIN and not node.value):
         raise SpecError([Problem(message="the document is empty", file=file)])

@@ -319,6 +319,20 @@ def test_a_recipe_without_its_folder(name, tmp_path, monkeypatch):
     assert "did you mean 'recipes/digits/study.yaml'?" in invoke("check", name).output
 
 
+def test_several_recipes_are_checked_in_one_call(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    both = invoke("check", "recipes/dmd.yaml", "recipes/digits/sid.yaml", "train.steps=7")
+    assert (both.exit_code, both.stderr) == (0, "")
+    assert [line.partition(":")[0] for line in both.output.splitlines()] == ["dmd", "sid"]
+    one_wrong = invoke("check", "recipes/nowhere.yaml", "recipes/dmd.yaml")
+    assert one_wrong.exit_code == 2
+    assert one_wrong.stdout.startswith("dmd: ok: ")
+    assert one_wrong.stderr.startswith("recipes/nowhere.yaml: error: 1 problem\n  no such file 'recipes/nowhere.yaml'")
+    assert one_wrong.stderr.endswith("1 of 2 recipes failed: recipes/nowhere.yaml\n")
+    wrong = invoke("check", "recipes/dmd.yaml", "recipes/digits/sid.yaml", "phases.critic.evry=1")
+    assert (wrong.exit_code, wrong.stderr.count("unknown key 'evry'")) == (2, 2)
+
+
 def test_what_the_system_refuses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
@@ -339,7 +353,7 @@ def test_out_of_memory(tmp_path, monkeypatch):
     def out(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-    monkeypatch.setattr("sftk.cli.run.run_recipe", out)
+    monkeypatch.setattr("sftk.runtime.run.run_recipe", out)
     result = invoke("run", "recipes/dmd.yaml")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: CUDA out of memory. Tried to allocate 2 GiB.\n`sftk plan` says")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sftk.runtime.checkpoint import checkpoint_files, last_checkpoint, list_checkpoints, read_facts
-from sftk.runtime.signals import GO_ON_LATER
+from sftk.runtime.interrupt import GO_ON_LATER
 
 SLOW_DISK = """\
 import time

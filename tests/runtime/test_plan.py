@@ -22,8 +22,8 @@ from sftk.runtime.parallelize import parallelize
 from sftk.runtime.plan import plan_stage
 from sftk.runtime.plan_advice import advise
 from sftk.runtime.plan_blocks import Active, measure_blocks
-from sftk.runtime.plan_layout import GIB
 from sftk.runtime.plan_pass import pass_stage
+from sftk.runtime.plan_rates import GIB
 from sftk.runtime.plan_trace import Trace
 from sftk.runtime.sequence import SequenceGroup, share_sequence
 from sftk.spec.recipe import load_recipe

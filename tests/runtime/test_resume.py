@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from sftk.errors import NonFiniteError
 from sftk.runtime.checkpoint import last_checkpoint, list_checkpoints
+from sftk.runtime.interrupt import Interrupted
 from sftk.runtime.meter import Meter
-from sftk.runtime.signals import Interrupted, catch_signals
+from sftk.runtime.signals import catch_signals
 
 NAMES = {"fake_score", "fake_score.optimizer", "generator", "generator.ema", "generator.optimizer"}
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from sftk.cli import main
 from sftk.spec.files import package_root
-from sftk.spec.recipe import load_recipe
+from sftk.spec.recipe import find_document, is_study, load_recipe
 
 BROKEN = Path(__file__).parent / "broken"
 FILES = sorted(path.name for path in BROKEN.glob("*.yaml"))
@@ -95,11 +95,13 @@ def test_there_are_enough_of_them():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_shipped_recipes_pass(recipe, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, ["check", recipe, "--shapes", "batch.global=2"])
+    study = is_study(find_document(recipe)[1])  # whose rows are these recipes, with shapes at their own turn
+    result = CliRunner().invoke(main, ["check", recipe, "batch.global=2", *([] if study else ["--shapes"])])
     assert result.exit_code == 0, result.output
     assert f"{Path(recipe).stem}: ok: " in result.output
-    assert "updates" in result.output
-    assert "loss float32 []" in result.output
+    if not study:
+        assert "updates" in result.output
+        assert "loss float32 []" in result.output
 
 
 @pytest.mark.parametrize("file", ["unknown_keys.yaml", "overrides.yaml"])

@@ -220,6 +220,15 @@ def test_nested_aliases_do_not_expand_without_bound():
     assert problems("\n".join(lines)) == ["more than 300000 values after expanding aliases @ $ (x.yaml)"]
 
 
+def test_what_is_read_belongs_to_the_reader(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("steps: [1000, 500]")
+    read_yaml(file).value["steps"].append(0)
+    assert read_yaml(file).value == {"steps": [1000, 500]}
+    file.write_text("steps: [1000]")
+    assert read_yaml(file).value == {"steps": [1000]}
+
+
 def test_files(tmp_path):
     good = tmp_path / "dmd.yaml"
     good.write_bytes(b"\xef\xbb\xbfname: x\xc3\xa9\r\nb: 2\r\n")
