@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,12 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("sftk", deadline=None, derandomize=True, max_examples=20)
 settings.load_profile("sftk")
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays to the end, so that no collection needs to look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -214,7 +214,7 @@ with ShardWriter(Path(sys.argv[1]), (1, 1, 1, 1)) as writer:
 
 
 def test_a_killed_writer_leaves_whole_records(tmp_path):
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "s")], stdout=subprocess.PIPE, text=True)
         try:
             assert process.stdout is not None

@@ -9,8 +9,10 @@ import time
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from sftk.cli import main
 from sftk.errors import NonFiniteError
 from sftk.runtime.checkpoint import last_checkpoint, list_checkpoints
 from sftk.runtime.interrupt import Interrupted
@@ -54,7 +56,7 @@ def complete(folder):
     return path.exists() and path.read_bytes().endswith(b"\n")
 
 
-def test_killed_and_resumed_in_a_new_process_equals_uninterrupted(tiny, train, command, tmp_path):
+def test_killed_and_resumed_in_another_process_equals_uninterrupted(tiny, train, command, tmp_path):
     recipe = tiny("frames: 6", "frames: 12")
     whole = train(recipe, "train.steps=8", to="whole")
     killed = tmp_path / "killed"
@@ -65,9 +67,7 @@ def test_killed_and_resumed_in_a_new_process_equals_uninterrupted(tiny, train, c
     assert 4 <= int(last_checkpoint(killed / "checkpoints" / "tiny").name[-8:]) < 8
     assert not (killed / "summary.json").exists()
     (killed / "checkpoints" / "tiny" / ".writing-00000007").mkdir(exist_ok=True)
-    process = command("run", recipe, "train.steps=8", "--run-dir", killed, "--resume", cwd=tmp_path)
-    output = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    train(recipe, "train.steps=8", to="killed", resume=True)
     assert (killed / "metrics.jsonl").read_bytes() == whole.metrics.read_bytes()
     assert [row["step"] for row in rows(whole)] == list(range(1, 9))
     assert weights(whole).keys() == NAMES
@@ -302,14 +302,16 @@ def test_nan_names_step_phase_key_and_checkpoint(staged, train, tmp_path, per_ra
 
 
 @pytest.mark.usefixtures("temporary_transforms")
-def test_nan_in_a_process_of_its_own(staged, command, tmp_path):
+@pytest.mark.usefixtures("temporary_transforms")
+def test_nan_on_the_command_line(staged, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "poison.py").write_text(PLUGIN)
     (tmp_path / "nan.yaml").write_text(NAN_GRAPH.replace("update: 3", "update: 0"))
     text = (tmp_path / "teacher.yaml").read_text().replace("specs/flow_matching.yaml", "nan.yaml")
     (tmp_path / "bad.yaml").write_text(text.replace("version: 1", "version: 1\nplugins: [poison.py]"))
-    process = command("run", "bad.yaml", "--run-dir", "run", cwd=tmp_path)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 1
+    result = CliRunner().invoke(main, ["run", "bad.yaml", "--run-dir", "run"])
+    assert result.exit_code == 1
+    error = result.stderr
     assert error.startswith("error: teacher/loss is not finite at step 1 of stage 'bad', phase 'teacher'")
     assert error.rstrip().endswith("no checkpoint was saved before")
     assert "Traceback" not in error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 
 import pytest
@@ -137,16 +138,33 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(tiny):
             assert other[name] == pytest.approx(one[name], rel=1e-4), name
 
 
-@needs_compiler
-def test_a_compiled_flow_matching_step(tiny, tmp_path):
+@pytest.fixture
+def flow_matching(tiny, tmp_path):
     model = tiny().read_text().split("generator: ")[1].split("\n")[0]
-    recipe = tmp_path / "plain.yaml"
-    recipe.write_text(
+    path = tmp_path / "plain.yaml"
+    path.write_text(
         "version: 1\nlatents: {frames: 3, channels: 4, height: 8, width: 8}\ndata: {use: digits}\n"
         f"models: {{denoiser: {model}}}\n"
         "optimizers: {denoiser: {lr: 1e-3}}\n"
         "phases: [{name: teacher, update: denoiser, graph: specs/flow_matching.yaml}]\ntrain: {steps: 2}\nbatch: {global: 2}\n"
     )
-    _, eager = losses(recipe)
-    _, compiled = losses(recipe, "compile=true")
+    return path
+
+
+def test_a_flow_matching_step_of_compiled_blocks_and_segments(flow_matching, monkeypatch):
+    """With the gradients of aot_eager, which needs no C++ compiler; Inductor's are slow tests."""
+    monkeypatch.setattr("sftk.runtime.build.compile_segments", functools.partial(compile_segments, backend="aot_eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    _, eager = losses(flow_matching)
+    built, compiled = losses(flow_matching, "compile=true")
+    assert all(segments(graph) for graph in built.graphs.values())
+    assert all(block._compiled_call_impl is not None for block in built.modules["denoiser"].blocks)
+    assert [step["teacher/loss"] for step in compiled] == pytest.approx([step["teacher/loss"] for step in eager], rel=1e-6)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_compiled_flow_matching_step(flow_matching):
+    _, eager = losses(flow_matching)
+    _, compiled = losses(flow_matching, "compile=true")
     assert [step["teacher/loss"] for step in compiled] == pytest.approx([step["teacher/loss"] for step in eager], rel=1e-4)
