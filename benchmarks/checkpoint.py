@@ -20,9 +20,10 @@ import torch
 
 from sftk.runtime.checkpoint import last_checkpoint
 from sftk.runtime.device import device_name
+from sftk.runtime.join import joined
 from sftk.runtime.stage import StageRun
 from sftk.runtime.step import TrainingStep
-from sftk.runtime.world import World, joined
+from sftk.runtime.world import World
 from sftk.spec.recipe import Stage, load_recipe
 
 RECIPE = Path(__file__).with_name("dmd_1.3b.yaml")

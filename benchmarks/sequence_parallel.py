@@ -25,12 +25,12 @@ import torch
 
 from sftk.runtime.build import build_stage
 from sftk.runtime.device import device_name, pick_device
+from sftk.runtime.join import joined
 from sftk.runtime.loader import make_loader
 from sftk.runtime.mesh import make_mesh
 from sftk.runtime.plan import plan_stage
 from sftk.runtime.plan_rates import GIB
 from sftk.runtime.step import TrainingStep
-from sftk.runtime.world import joined
 from sftk.spec.recipe import Stage, load_recipe
 
 RECIPE = "benchmarks/dmd_1.3b.yaml"

@@ -19,7 +19,7 @@ from sftk.models.branch import BranchConfig
 from sftk.models.config import WanConfig
 from sftk.objectives.divergence import Divergence
 from sftk.runtime.evaluate import DigitsEvaluation
-from sftk.spec import schema
+from sftk.spec import composed, schema
 from sftk.spec.compat import COMPAT
 from sftk.spec.files import find_file
 from sftk.spec.graphs import FoldSpec, GraphSpec, NodeSpec
@@ -55,9 +55,9 @@ SECTIONS: dict[str, Any] = {
     "checkpoint": schema.CheckpointSection,
     "track": schema.TrackSection,
     "wandb": schema.WandbSection,
-    "stages": schema.StageSection,
-    "study": schema.StudyRecipe,
-    "matrix": schema.RowSection,
+    "stages": composed.StageSection,
+    "study": composed.StudyRecipe,
+    "matrix": composed.RowSection,
     "eval.with": DigitsEvaluation,
     "student_sampling": StudentSampling,
     "student_sampling with causal_ode": CausalOdeSampling,
@@ -173,8 +173,13 @@ def test_every_data_set_is_documented_with_its_options():
 
 
 def test_no_class_of_the_schema_is_left_out():
-    made = {value for value in vars(schema).values() if isinstance(value, type) and value.__module__ == schema.__name__}
-    assert made - set(SECTIONS.values()) == {schema.StagedRecipe}
+    made = {
+        value
+        for module in (schema, composed)
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == module.__name__
+    }
+    assert made - set(SECTIONS.values()) == {composed.StagedRecipe}
 
 
 def test_every_option_is_documented_with_its_default():

@@ -17,9 +17,10 @@ from sftk.data.digits import DIRECTIONS, decode_latents, prompt_text
 from sftk.data.digits_classifier import load_classifier
 from sftk.data.digits_metrics import evaluate_clips, evaluate_real
 from sftk.data.sources import source
-from sftk.runtime.media import can_write_mp4, contact_sheet, to_uint8, video_grid, write_gif, write_mp4
+from sftk.runtime.media import can_write_mp4, to_uint8, write_gif, write_mp4
 from sftk.runtime.mesh import Mesh
 from sftk.runtime.sampling import sample_latents
+from sftk.runtime.sheets import contact_sheet, video_grid
 from sftk.spec.sampling import AnyStudentSampling, StudentSampling, TeacherSampling, sampler_graph, sampling_problems
 from sftk.spec.schema import at_least
 

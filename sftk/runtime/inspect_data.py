@@ -19,7 +19,7 @@ from sftk.data.lmdb_store import LatentStore
 from sftk.data.prompts import read_prompts
 from sftk.data.video import SUFFIXES
 from sftk.errors import DataError
-from sftk.runtime.media import contact_sheet
+from sftk.runtime.sheets import contact_sheet
 from sftk.spec.dump import dump_yaml
 
 _THUMBNAIL = 160

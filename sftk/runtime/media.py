@@ -1,26 +1,22 @@
-"""Videos in and out: MP4, GIF, captioned grids and contact sheets of generated clips."""
+"""Frames as bytes, and as files: MP4 and GIF."""
 
 from __future__ import annotations
 
 import io
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from sftk.errors import DataError, NonFiniteError, SftkError, ShapeError
-from sftk.runtime.captions import font, text_height, text_width, wrap
 
 Frames = np.ndarray | torch.Tensor
-
-_INK, _FAINT, _PAPER = (28, 30, 33), (120, 124, 130), (255, 255, 255)
-_GAP = 8
 
 
 def to_uint8(frames: Frames) -> np.ndarray:
@@ -116,7 +112,7 @@ def open_mp4(path: str | Path, fps: float, scale: int | None = None) -> Iterator
         stream.pix_fmt = "yuv420p"
 
         def write(frames: Frames) -> None:
-            clip = _even(_magnify(_rgb(frames), scale))
+            clip = even(magnify(rgb(frames), scale))
             if not stream.codec_context.is_open:
                 stream.height, stream.width = clip.shape[1:3]
                 if not quality:
@@ -152,7 +148,7 @@ def gif_bytes(frames: Frames, fps: float, scale: int | None = None) -> bytes:
         b'GIF89a'
     """
     _check_fps(fps)
-    clip = _magnify(to_uint8(frames), scale)
+    clip = magnify(to_uint8(frames), scale)
     images = [Image.fromarray(image) for image in clip]
     if clip.ndim == 4:
         # One palette for all frames: a palette for each makes still regions flicker.
@@ -166,137 +162,24 @@ def gif_bytes(frames: Frames, fps: float, scale: int | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def video_grid(rows: Sequence[tuple[str, Sequence[Frames]]], columns: Sequence[str]) -> np.ndarray:
-    """Clips in a captioned grid, to compare methods on the same prompts.
-
-    Args:
-        rows: for each prompt, its text and one clip for each column; clips that end early hold their last frame.
-        columns: the names above the columns (methods, say).
-
-    Returns:
-        [F, H, W, 3], uint8, even H and W; F is that of the longest clip.
-
-    Raises:
-        ShapeError: a row has not one clip for each column.
-
-    Example:
-        >>> clip = np.zeros((4, 16, 16), np.uint8)
-        >>> video_grid([("a 3 moving left", [clip, clip])], columns=["teacher", "student"]).shape[0]
-        4
-    """
-    for prompt, clips in rows:
-        if len(clips) != len(columns):
-            raise ShapeError(f"row {prompt!r} has {len(clips)} clips for {len(columns)} columns; expected one for each")
-    if not rows or not columns:
-        raise ShapeError("a video grid needs at least one row and one column")
-    cells = [[_fit(_rgb(clip), low=128, high=320) for clip in clips] for _, clips in rows]
-    cell_h, cell_w = (max(clip.shape[axis] for row in cells for clip in row) for axis in (1, 2))
-    labels = [wrap(prompt, width=150) for prompt, _ in rows]
-    names = [wrap(name, width=cell_w) for name in columns]
-    left = _GAP + max((text_width(label) + _GAP for label in labels if label), default=0)
-    top = _GAP + max((text_height(name) + _GAP for name in names if name), default=0)
-    pitch_h = max(cell_h, *(text_height(label) for label in labels)) + _GAP
-
-    canvas = Image.new("RGB", (left + len(columns) * (cell_w + _GAP), top + len(rows) * pitch_h), _PAPER)
-    draw = ImageDraw.Draw(canvas)
-    for index, name in enumerate(names):
-        above = top - text_height(name) - _GAP // 2
-        draw.text((left + index * (cell_w + _GAP), above), name, _INK, font=font(), spacing=2)
-    for index, label in enumerate(labels):
-        draw.text((_GAP, top + index * pitch_h), label, _INK, font=font(), spacing=2)
-    longest = max(len(clip) for row in cells for clip in row)
-    grid = np.repeat(np.asarray(canvas)[None], longest, axis=0)
-    for r, row in enumerate(cells):
-        for c, clip in enumerate(row):
-            y, x = top + r * pitch_h, left + c * (cell_w + _GAP)
-            held = np.minimum(np.arange(longest), len(clip) - 1)
-            grid[:, y : y + clip.shape[1], x : x + clip.shape[2]] = clip[held]
-    return _even(grid)
-
-
-def side_by_side(panels: Sequence[tuple[str, Frames]]) -> np.ndarray:
-    """Captioned clips in a row: a `video_grid` without prompts.
-
-    Example:
-        >>> clip = np.zeros((4, 16, 16), np.uint8)
-        >>> side_by_side([("teacher", clip), ("student", clip)]).shape
-        (4, 172, 280, 3)
-    """
-    return video_grid([("", [clip for _, clip in panels])], columns=[name for name, _ in panels])
-
-
-def contact_sheet(path: str | Path, rows: Sequence[tuple[str, Frames]], columns: int = 11, title: str | None = None) -> Path:
-    """A PNG with one row of evenly picked frames for each clip, the first and the last frame among them.
-
-    Args:
-        path: the file; its folder is created.
-        rows: label and frames of each clip. The numbers of the picked frames, from 0, stand above the rows they hold for.
-        columns: the most frames that a row shows.
-        title: a heading.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "sheet.png"
-        >>> contact_sheet(path, [("a 3 moving left", np.zeros((21, 16, 16), np.uint8))]).name
-        'sheet.png'
-    """
-    if not rows or columns < 1:
-        raise ShapeError("a contact sheet needs at least one row and one column")
-    picks = [np.unique(np.linspace(0, len(frames) - 1, columns).round().astype(int)) for _, frames in rows]
-    cells = [_fit(_rgb(frames)[pick], low=64, high=160) for (_, frames), pick in zip(rows, picks, strict=True)]
-    labels = [wrap(label, width=180) for label, _ in rows]
-    left = 2 * _GAP + max((text_width(label) + _GAP for label in labels if label), default=0)
-    width = left + max(len(cell) * (cell.shape[2] + _GAP // 2) for cell in cells) + _GAP
-    heading = wrap(title or "", width=width - 4 * _GAP, size=18)
-    numbers_above = [index == 0 or not np.array_equal(picks[index], picks[index - 1]) for index in range(len(rows))]
-    heights = [
-        max(cell.shape[1], text_height(label)) + _GAP // 2 + (22 if numbered else 0)
-        for cell, label, numbered in zip(cells, labels, numbers_above, strict=True)
-    ]
-    top = 2 * _GAP + (text_height(heading, size=18) + _GAP if heading else 0)
-    sheet = Image.new("RGB", (width, top + sum(heights) + _GAP), _PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((2 * _GAP, _GAP + 2), heading, _INK, font=font(18))
-    y = top
-    for cell, label, pick, numbered, height in zip(cells, labels, picks, numbers_above, heights, strict=True):
-        inset = 22 if numbered else 0
-        draw.text((2 * _GAP, y + inset), label, _INK, font=font(), spacing=2)
-        for index, image in enumerate(cell):
-            x = left + index * (cell.shape[2] + _GAP // 2)
-            sheet.paste(Image.fromarray(image), (x, y + inset))
-            if numbered:
-                draw.text((x + cell.shape[2] / 2, y + 19), str(pick[index]), _FAINT, font=font(11), anchor="ms")
-        y += height
-    with complete_file(path) as part:
-        sheet.save(part, "PNG")
-    return Path(path)
-
-
 def _check_fps(fps: float) -> None:
     if not 0 < fps < math.inf:
         raise DataError(f"a video at {fps} frames per second; expected a positive number")
 
 
-def _rgb(frames: Frames) -> np.ndarray:
+def rgb(frames: Frames) -> np.ndarray:
+    """Frames as [F, H, W, 3], uint8; arguments and errors as in `to_uint8`."""
     clip = to_uint8(frames)
     return clip if clip.ndim == 4 else np.repeat(clip[..., None], 3, axis=-1)
 
 
-def _magnify(clip: np.ndarray, scale: int | None, low: int = 256) -> np.ndarray:
+def magnify(clip: np.ndarray, scale: int | None, low: int = 256) -> np.ndarray:
+    """Each pixel `scale` times as large; by default so often that the shorter side has at least `low`."""
     factor = max(1, math.ceil(low / min(clip.shape[1:3]))) if scale is None else scale
     return clip if factor == 1 else clip.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def _fit(clip: np.ndarray, low: int, high: int) -> np.ndarray:
-    """The clip with its shorter side at least `low` (whole magnification) and at most `high` (resampled down)."""
-    short = min(clip.shape[1:3])
-    if short <= high:
-        return _magnify(clip, None, low)
-    size = (round(clip.shape[2] * high / short), round(clip.shape[1] * high / short))
-    return np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)) for image in clip])
-
-
-def _even(clip: np.ndarray) -> np.ndarray:
+def even(clip: np.ndarray) -> np.ndarray:
     """The clip with the last row and column repeated where a size is odd; yuv420p needs even sizes."""
     odd = ((0, 0), (0, clip.shape[1] % 2), (0, clip.shape[2] % 2), (0, 0))
     return np.pad(clip, odd, mode="edge")

@@ -24,13 +24,15 @@ from sftk.runtime.evaluate import shipped_teacher
 from sftk.runtime.evaluators import EVALUATORS, evaluation_enabled, evaluation_options, evaluation_problems
 from sftk.runtime.figures import figures_table
 from sftk.runtime.jobs import locked
+from sftk.runtime.join import joined
+from sftk.runtime.place import restarts
 from sftk.runtime.prepare import prepare_data
 from sftk.runtime.progress import TrainingProgress
 from sftk.runtime.report import write_report
-from sftk.runtime.rundir import RunDir, open_run
+from sftk.runtime.rundir import RunDir, open_run, redirect_output
 from sftk.runtime.stage import StageRun, saved_weights
 from sftk.runtime.tracking import JsonlTracker, MultiTracker, TensorBoardTracker, Tracker, WandbTracker
-from sftk.runtime.world import World, joined, redirect_output, restarts
+from sftk.runtime.world import World
 from sftk.spec.convert import unstructure
 from sftk.spec.dump import dump_yaml
 from sftk.spec.rank_checks import check_ranks

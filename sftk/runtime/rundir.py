@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from contextlib import suppress
 from datetime import datetime
 from itertools import count
@@ -119,3 +120,13 @@ def _fresh(base: Path) -> Path:
             path.mkdir(parents=True)
             return path
     raise AssertionError("there is always another number")
+
+
+def redirect_output(log: Path) -> None:
+    """Sends everything that this process prints, libraries included, to a file's end from now on."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from sftk.errors import SftkError
 from sftk.runtime.device import device_name
-from sftk.runtime.media import can_write_mp4, contact_sheet, open_mp4, to_uint8, write_gif
+from sftk.runtime.media import can_write_mp4, open_mp4, to_uint8, write_gif
 from sftk.runtime.sample_meter import SampleMeter
 from sftk.runtime.sampler import Sampler, batches
+from sftk.runtime.sheets import contact_sheet
 from sftk.runtime.starts import save_latents
 from sftk.spec.convert import unstructure
 

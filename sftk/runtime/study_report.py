@@ -14,7 +14,7 @@ import numpy as np
 
 from sftk.errors import DataError
 from sftk.runtime.curves import DRIFT_NOTE, drift_charts
-from sftk.runtime.media import can_write_mp4, contact_sheet, video_grid, write_gif, write_mp4
+from sftk.runtime.media import can_write_mp4, write_gif, write_mp4
 from sftk.runtime.page import (
     better,
     decimals,
@@ -29,6 +29,7 @@ from sftk.runtime.page import (
     write_page,
 )
 from sftk.runtime.report import media_figures, recipe_details
+from sftk.runtime.sheets import contact_sheet, video_grid
 
 _HIDDEN = ("study", "doc", "rows", "references")
 _SECONDS = "train_seconds"

@@ -13,6 +13,7 @@ from sftk.core.graph import Graph
 from sftk.errors import Problem, SpecError
 from sftk.spec.checks import Checks
 from sftk.spec.compat import compat_defaults
+from sftk.spec.composed import StagedRecipe
 from sftk.spec.convert import structure_what_fits
 from sftk.spec.data_files import change_files, choice_files, named_files
 from sftk.spec.document import Document
@@ -22,7 +23,7 @@ from sftk.spec.graphs import build_graph, once
 from sftk.spec.params import Origin
 from sftk.spec.parts import apply_with, override, read_part
 from sftk.spec.plugins import load_plugins
-from sftk.spec.schema import AUTO, PhaseSection, Recipe, StagedRecipe
+from sftk.spec.schema import AUTO, PhaseSection, Recipe
 from sftk.spec.sizes import fill_sizes, written_size
 from sftk.spec.source import read_yaml
 from sftk.spec.turns import Turn, turns

@@ -10,13 +10,13 @@ from typing import Any
 import attrs
 
 from sftk.errors import Problem, SpecError, did_you_mean
+from sftk.spec.composed import RowSection, StudyRecipe
 from sftk.spec.convert import structure_what_fits
 from sftk.spec.document import Document
 from sftk.spec.files import show_path
 from sftk.spec.graphs import once
 from sftk.spec.parts import apply_with, override, read_part
 from sftk.spec.recipe import Check, Stage, find_document, read_stage
-from sftk.spec.schema import RowSection, StudyRecipe
 from sftk.spec.source import parse_value
 
 _OF_THE_STUDY = ("doc", "seeds", "matrix")

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from sftk.runtime.build import build_stage
+from sftk.runtime.join import joined
 from sftk.runtime.loader import make_loader
 from sftk.runtime.mesh import make_mesh
 from sftk.runtime.shards import whole
 from sftk.runtime.step import TrainingStep
-from sftk.runtime.world import World, joined
+from sftk.runtime.world import World
 from sftk.spec.recipe import load_recipe
 
 

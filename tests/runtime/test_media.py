@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sftk.errors import DataError, NonFiniteError, SftkError, ShapeError
-from sftk.runtime import media
+from sftk.runtime import media, sheets
 
 
 def moving_dot(frames: int = 21, size: int = 16) -> np.ndarray:
@@ -137,7 +137,7 @@ def test_colour_gif_keeps_few_colours(tmp_path: Path):
 
 def test_grid_holds_every_clip():
     short, long = moving_dot(frames=4), moving_dot(frames=9)
-    grid = media.video_grid([("a prompt", [short, long]), ("another", [long, long])], columns=["teacher", "student"])
+    grid = sheets.video_grid([("a prompt", [short, long]), ("another", [long, long])], columns=["teacher", "student"])
     assert grid.shape[0] == 9
     assert grid.shape[1] % 2 == grid.shape[2] % 2 == 0
     assert grid.dtype == np.uint8
@@ -151,23 +151,23 @@ def test_grid_holds_every_clip():
 
 
 def test_grid_shrinks_large_clips():
-    assert media.side_by_side([("wan", np.zeros((2, 480, 832, 3), np.uint8))]).shape[2] < 600
+    assert sheets.video_grid([("", [np.zeros((2, 480, 832, 3), np.uint8)])], columns=["wan"]).shape[2] < 600
 
 
 def test_grid_of_unequal_rows_is_an_error():
     with pytest.raises(ShapeError, match="1 clips for 2 columns"):
-        media.video_grid([("a", [moving_dot()])], columns=["teacher", "student"])
+        sheets.video_grid([("a", [moving_dot()])], columns=["teacher", "student"])
 
 
 def test_contact_sheet_shows_first_and_last(tmp_path: Path):
     ramp = np.broadcast_to(np.linspace(10, 250, 21).astype(np.uint8)[:, None, None], (21, 16, 16))
-    path = media.contact_sheet(tmp_path / "sheet.png", [("", ramp)], columns=5, title="A title <&> that is long " * 9)
+    path = sheets.contact_sheet(tmp_path / "sheet.png", [("", ramp)], columns=5, title="A title <&> that is long " * 9)
     with Image.open(path) as image:
         pixels = np.asarray(image)
     assert [int((pixels[..., 0] == value).sum()) >= 64 * 64 for value in (10, 70, 130, 190, 250)] == [True] * 5
 
 
 def test_contact_sheet_of_short_clips(tmp_path: Path):
-    path = media.contact_sheet(tmp_path / "sheet.png", [("one", moving_dot(1)), ("word" * 60, moving_dot(3))], columns=11)
+    path = sheets.contact_sheet(tmp_path / "sheet.png", [("one", moving_dot(1)), ("word" * 60, moving_dot(3))], columns=11)
     with Image.open(path) as image:
         assert image.width < 500

@@ -15,8 +15,9 @@ import pytest
 from sftk.errors import DataError
 from sftk.runtime import report
 from sftk.runtime.charts import line_chart
-from sftk.runtime.media import can_write_mp4, contact_sheet, write_gif, write_mp4
+from sftk.runtime.media import can_write_mp4, write_gif, write_mp4
 from sftk.runtime.report import write_report
+from sftk.runtime.sheets import contact_sheet
 from sftk.runtime.tracking import JsonlTracker
 
 VOID = {"meta", "img", "line", "polyline", "circle", "br"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sftk.errors import DistributedError
-from sftk.runtime.world import Place, find_place, joined
+from sftk.runtime.place import Place, find_place
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 SRUN = {
@@ -37,16 +37,3 @@ def test_half_an_environment_is_an_error():
         find_place({"RANK": "0"})
     with pytest.raises(DistributedError, match="WORLD_SIZE in the environment is 'two'"):
         find_place(TORCHRUN | {"WORLD_SIZE": "two"})
-
-
-def test_ranks_that_never_come_are_named(monkeypatch):
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    env = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(DistributedError, match="1 of 3 ranks are here after 1 s, missing 1, 2"), joined("cpu", 0.02):
-        pass
