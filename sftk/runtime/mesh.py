@@ -43,7 +43,7 @@ class Mesh:
     """The ranks of a stage; see the module's text.
 
     Args:
-        world_: the processes, from `sftk.runtime.world.join`.
+        world_: the processes, from `sftk.runtime.join.joined`.
         arrangement: how many share what.
         device: of this rank.
 

@@ -50,7 +50,7 @@ def run_job(job: dict[str, Any], world: World, folder: Path) -> None:
 def draws(step: TrainingStep, index: int) -> dict[str, Any]:
     """What decided a step on this rank: noise by global sample, and the exit steps."""
     found: dict[str, Any] = {"noise": {}, "exits": []}
-    for (at, phase), micros in step.recent.items():
+    for (at, phase), (_, micros) in step.recent.items():
         for values in micros if at == index else ():
             found["noise"] |= {(phase, s): values["noise"][i] for i, s in enumerate(values["key"].samples)}
             found["exits"].append((phase, values["key"].integers("exit", 0, 1000, 4)))
