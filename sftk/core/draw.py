@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from typing import Any
 
 from sftk.core.transform import FunctionTransform, Node, Transform
+
+_WORD = re.compile(r"[A-Za-z_$][\w./$-]*")
+"""Strings that need no quotes."""
 
 
 def mermaid(graph: Any) -> str:
@@ -65,8 +71,32 @@ def _line(node: Node) -> str:
 
 
 def _short(value: Any) -> str:
-    text = str(list(value)) if isinstance(value, tuple) else str(value)
+    text = _yaml(value)
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _yaml(value: Any) -> str:
+    """A value in YAML's flow style, as a spec writes it.
+
+    Example:
+        >>> _yaml({"steps": (1000, 1e-4), "shift": None, "warp": True, "name": "true", "kind": "flow"})
+        '{steps: [1000, 0.0001], shift: null, warp: true, name: "true", kind: flow}'
+    """
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true" if value else "false"
+        case float() if not math.isfinite(value):
+            return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
+        case str():
+            plain = _WORD.fullmatch(value) and value.lower() not in ("null", "true", "false")
+            return value if plain else json.dumps(value, ensure_ascii=False)
+        case list() | tuple():
+            return f"[{', '.join(map(_yaml, value))}]"
+        case dict():
+            return f"{{{', '.join(f'{key}: {_yaml(item)}' for key, item in value.items())}}}"
+    return str(value)
 
 
 def _title(op: Transform) -> str:

@@ -121,16 +121,32 @@ class Graph(Transform):
         """
         models = models or {}
         values = from_state(state)
+        self.check_inputs(values)
+        self.check_models(models)
+        return to_state(values | self.run(values, models), like=state)
+
+    def check_inputs(self, values: Mapping[str, Any]) -> None:
+        """Says which inputs are missing.
+
+        Raises:
+            ShapeError: one is.
+        """
         missing = [key for key in self.inputs if key not in values]
         if missing:
             near = (did_you_mean(key, values) for key in missing)
             hints = dict.fromkeys(hint for hint in near if hint and hint.startswith("did you mean"))
             found = f"the graph {self.name!r} needs {missing} in its state, found {sorted(values)}"
             raise ShapeError("; ".join((found, *hints)))
+
+    def check_models(self, models: Mapping[str, Any]) -> None:
+        """Says which roles are without a model.
+
+        Raises:
+            SpecError: one is.
+        """
         unbound = [role for role in self.ports if role not in models]
         if unbound:
             raise SpecError(f"the graph {self.name!r} needs models for {unbound}, found {sorted(models)}")
-        return to_state(values | self.run(values, models), like=state)
 
     def stream(self, values: Mapping[str, Any], models: Mapping[str, Any], key: str) -> Iterator[Any]:
         """Runs the graph up to the fold that collects `key`, and yields what each of its turns adds, when it is asked for.
@@ -229,6 +245,16 @@ class Graph(Transform):
     def to_tdmodule(self, models: Mapping[str, Any] | None = None) -> Any:
         """The graph as a `tensordict.nn.TensorDictModule` that writes its outputs into the TensorDict it is given.
 
+        Its `in_keys` are the graph's inputs and then its optional ones, which a TensorDict or a call with keywords may lack.
+        Host values are non-tensor entries. Models that are modules are submodules, so that `parameters()` has theirs.
+
+        Args:
+            models: role to model.
+
+        Raises:
+            SpecError: a role is not bound.
+            ShapeError: when it is called: an input is missing.
+
         Example:
             >>> import torch
             >>> from tensordict import TensorDict
@@ -237,13 +263,9 @@ class Graph(Transform):
             >>> module(TensorDict({"x0": torch.zeros(1), "noise": torch.ones(1)}))["target"]
             tensor([1.])
         """
-        from tensordict.nn import TensorDictModule
+        from sftk.core.interop import as_tdmodule
 
-        def call(*args: Any) -> tuple[Any, ...]:
-            found = self.run(dict(zip(self.inputs, args, strict=True)), models or {})
-            return tuple(found[key] for key in self.outputs)
-
-        return TensorDictModule(call, in_keys=list(self.inputs), out_keys=list(self.outputs))
+        return as_tdmodule(self, models or {})
 
     def __repr__(self) -> str:
         return f"<graph {self.name}: {len(self.nodes)} nodes, {', '.join(self.inputs)} -> {', '.join(self.outputs)}>"

@@ -524,12 +524,6 @@ def test_any_mapping_is_a_state():
     assert Graph([double], inputs=("x",))(Frozen({"x": 2.0})) == {"x": 2.0, "y": 4.0}
 
 
-def test_to_tdmodule():
-    module = Graph([double, apply], inputs=("x",), outputs=("z",)).to_tdmodule({"net": torch.neg})
-    assert (module.in_keys, module.out_keys) == (["x"], ["z"])
-    assert module(TensorDict({"x": torch.ones(2)}))["z"].tolist() == [-2.0, -2.0]
-
-
 def test_repr():
     assert repr(Graph([double], inputs=("x",), name="demo")) == "<graph demo: 1 nodes, x -> y>"
     assert repr(double) == "<transform double(x) -> y>"
