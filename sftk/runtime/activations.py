@@ -31,16 +31,19 @@ def checkpointed(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def selectively_checkpointed(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls a block that keeps its inputs and what attention returned, log-sum-exps among it: the rest is computed again.
+    """Calls a block that keeps, besides its inputs, what costs much to compute for the memory it takes: the rest runs again.
 
-    Source: selective activation recomputation, arXiv 2205.05198, section 5, turned around: attention over a video's tokens
-    costs more than all else, and its result takes no more memory than the block's input.
+    That is what attention returned, log-sum-exps among it, and what linear layers returned that narrow (the second one of a
+    feed-forward layer).
+
+    Source: selective activation recomputation, arXiv 2205.05198, section 5, the other way round: over a video's tokens attention
+    costs more than all else, and its fused kernels hold no matrix of scores.
 
     Example:
         >>> selectively_checkpointed(torch.sin, torch.zeros(1, requires_grad=True)).requires_grad
         True
     """
-    return _checkpoint(block, _keep_attention, args, kwargs)
+    return _checkpoint(block, _keep_costly, args, kwargs)
 
 
 def checkpoint_function(kind: Checkpoint) -> Callable[..., Any] | None:
@@ -63,8 +66,12 @@ def _checkpoint(block: Callable[..., Any], contexts: Callable[[], Any] | None, a
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in attention_operators() else CheckpointPolicy.PREFER_RECOMPUTE
+    keep = op in attention_operators() or (op in _LINEAR and args[-1].shape[0] > args[-1].shape[1])
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _keep_attention() -> tuple[Any, Any]:
+_LINEAR = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+def _keep_costly() -> tuple[Any, Any]:
     return create_selective_checkpoint_contexts(_policy)

@@ -102,6 +102,8 @@ def candidates(shape: Shape, heads: Heads, device: torch.device) -> dict[str, At
         scores = 4 * heads.batch * heads.heads * shape.queries * shape.keys
         if backend == "math" and scores > MOST_SCORES:
             continue
+        if backend in UNMASKED and (device.type != "cuda" or heads.dtype.itemsize > 2):
+            continue
         plain: Attend = functools.partial(_plain, backend=backend)
         if shape.layout is None:
             if backend != "flex":

@@ -208,15 +208,24 @@ def _on_meta(module: nn.Module) -> bool:
     return next(module.parameters()).is_meta
 
 
+COMPILED_FROM = 50_000_000
+"""Weights of the largest backbone from which `compile: auto` compiles: a smaller one's run ends before its compilation pays."""
+
+
 def compiles(recipe: Recipe, device: torch.device) -> bool:
-    """Whether a recipe's blocks and segments are compiled on a device; `auto` does so on CUDA.
+    """Whether a recipe's blocks and segments are compiled on a device; `auto` does so on CUDA for backbones of some size.
 
     Example:
         >>> from sftk.spec.recipe import load_recipe
-        >>> compiles(load_recipe("recipes/dmd.yaml")[0].recipe, torch.device("cpu"))
-        False
+        >>> recipes = [load_recipe(name)[0].recipe for name in ("recipes/dmd.yaml", "recipes/wan-1.3b/dmd.yaml")]
+        >>> [compiles(recipe, torch.device(kind)) for recipe in recipes for kind in ("cpu", "cuda")]
+        [False, False, False, True]
     """
-    return device.type == "cuda" if recipe.compile == "auto" else recipe.compile
+    if recipe.compile != "auto":
+        return recipe.compile
+    backbones = [model.config for model in recipe.models.values() if model.size is not None]
+    largest = max((8 * c.dim**2 + 2 * c.dim * c.ffn_dim) * c.num_layers for c in backbones) if backbones else 0
+    return device.type == "cuda" and largest >= COMPILED_FROM
 
 
 def construct(recipe: Recipe, role: str) -> nn.Module:

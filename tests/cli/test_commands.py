@@ -26,6 +26,7 @@ from sftk.models import preset
 from sftk.spec.recipe import load_recipe
 
 SMALL = (
+    "device=cpu",
     "train.steps=2",
     "batch.global=2",
     "checkpoint.every=1",

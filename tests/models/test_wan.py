@@ -5,7 +5,7 @@ import torch
 
 from sftk.errors import ShapeError, SpecError
 from sftk.functional import KVCache, Layout, append, forget_text
-from sftk.functional.attention import available_backends
+from sftk.functional.attention import UNMASKED, available_backends
 from sftk.models import PRESETS, WanConfig, WanModel, preset
 from sftk.models.config import HEAD_DIM
 from sftk.models.layers import sinusoidal_embedding
@@ -122,7 +122,7 @@ def test_only_differences_of_positions_matter(model, inputs):
     assert not torch.allclose(model(*inputs, positions=(0, 1, 2))[0], model(*inputs, positions=(0, 2, 4))[0])
 
 
-@pytest.mark.parametrize("backend", [b for b in available_backends() if b != "flash"])
+@pytest.mark.parametrize("backend", [b for b in available_backends() if b not in UNMASKED])
 def test_backends_agree(make_model, model, inputs, backend):
     other = make_model(backend=backend)
     for layout in (None, Layout(kind="block_causal", blocks=(1, 2))):

@@ -132,7 +132,7 @@ def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("SFTK_CACHE", str(tmp_path / "kept"))
     file = tmp_path / "report.json"
     options = ["--only", "cross,cached", "--steps", "1", "--json", str(file), "--save"]
-    small = ["batch.global=1", "latents.frames=6"]
+    small = ["batch.global=1", "latents.frames=6", "device=cpu"]
     run = CliRunner().invoke(main, ["bench", "attention", "recipes/digits/df.yaml", *small, *options])
     assert run.exit_code == 0, run.output
     assert [row["shape"] for row in json.loads(file.read_text())["rows"]] == [
