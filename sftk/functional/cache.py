@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -11,9 +11,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sftk.errors import ShapeError
+from sftk.functional.packed import Packed, Storage, pack, unpack
 
 LayerKV = tuple[Tensor, Tensor, Tensor, Tensor]
 """What a layer returns: self-attention k, v [B, L, H, D] and text k, v [B, T, H, D]."""
+CachedKV = tuple[Tensor | Packed, Tensor | Packed]
+"""Cached k, v of one layer: [B, L, H, D] tensors, or packed ones."""
 RopeMode = Literal["absolute", "relative"]
 
 
@@ -23,21 +26,20 @@ class Chunk:
     """Keys and values of consecutive frames, of all layers.
 
     Args:
-        layers: (k, v) of each layer, [B, frames * tokens, H, D].
+        layers: (k, v) of each layer, [B, frames * tokens, H, D], packed where the cache says so.
         positions: absolute index of each frame.
     """
 
-    layers: tuple[tuple[Tensor, Tensor], ...]
+    layers: tuple[CachedKV, ...]
     positions: tuple[int, ...]
 
     def take(self, start: int, stop: int) -> Chunk:
         """The frames from `start` up to `stop`, as views."""
         if (start, stop) == (0, len(self.positions)):
             return self
-        tokens = self.layers[0][0].shape[1] // len(self.positions) if self.layers else 0
+        tokens = _codes(self.layers[0][0]).shape[1] // len(self.positions) if self.layers else 0
         cut = slice(start * tokens, stop * tokens)
-        layers = tuple((k[:, cut], v[:, cut]) for k, v in self.layers)
-        return Chunk(layers=layers, positions=self.positions[start:stop])
+        return Chunk(layers=_each(self.layers, lambda tensor: tensor[:, cut]), positions=self.positions[start:stop])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,6 +52,7 @@ class KVCache:
             look at their own prompt; see `forget_text` for a prompt that changes.
         rope: `absolute` keys are stored rotated to their frame's index; `relative` ones are stored unrotated and rotated when
             they are read, to their place in the cache, so that a long rollout stays in the trained range.
+        storage: how appended keys and values are kept; `fp8` and `int8` take a byte for each, see `pack`. Text stays as it is.
 
     Example:
         >>> kv = ((torch.zeros(1, 6, 2, 8), torch.zeros(1, 6, 2, 8), torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8)),)
@@ -61,6 +64,7 @@ class KVCache:
     chunks: tuple[Chunk, ...] = ()
     text: tuple[tuple[Tensor, Tensor], ...] | None = None
     rope: RopeMode = "absolute"
+    storage: Storage = "full"
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -72,15 +76,16 @@ class KVCache:
         """How many frames are cached."""
         return sum(len(chunk.positions) for chunk in self.chunks)
 
-    def parts(self, index: int) -> tuple[tuple[Tensor, Tensor], ...]:
-        """(k, v) of one layer in each chunk. Joining them copies, so a model does it where the copy is soon dropped."""
+    def parts(self, index: int) -> tuple[CachedKV, ...]:
+        """(k, v) of one layer in each chunk. Joining and unpacking copy, so a model does it where copies are soon dropped."""
         return tuple(chunk.layers[index] for chunk in self.chunks)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor] | None:
         """(k, v) of one layer over all cached frames, or None when the cache is empty."""
-        if len(self.chunks) < 2:
-            return self.chunks[0].layers[index] if self.chunks else None
-        k, v = (torch.cat(tensors, dim=1) for tensors in zip(*self.parts(index), strict=True))
+        parts = [(unpack(k), unpack(v)) for k, v in self.parts(index)]
+        if len(parts) < 2:
+            return parts[0] if parts else None
+        k, v = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
         return k, v
 
 
@@ -100,7 +105,12 @@ def append(cache: KVCache, kv: Sequence[LayerKV], positions: tuple[int, ...]) ->
     for k, *_ in kv[:1]:
         if not positions or k.shape[1] % len(positions):
             raise ShapeError(f"{k.shape[1]} tokens do not divide into {len(positions)} frames")
-    chunk = Chunk(layers=tuple((layer[0], layer[1]) for layer in kv), positions=tuple(positions))
+    storage = cache.storage
+    if storage == "full":
+        layers: tuple[CachedKV, ...] = tuple((layer[0], layer[1]) for layer in kv)
+    else:
+        layers = tuple((pack(layer[0], storage), pack(layer[1], storage)) for layer in kv)
+    chunk = Chunk(layers=layers, positions=tuple(positions))
     text = cache.text
     if text is None:
         text = tuple((layer[2].detach(), layer[3].detach()) for layer in kv)
@@ -163,11 +173,12 @@ def take_rows(cache: KVCache, start: int, stop: int) -> KVCache:
         torch.Size([1, 6, 2, 8])
     """
 
-    def cut(layers: tuple[tuple[Tensor, Tensor], ...]) -> tuple[tuple[Tensor, Tensor], ...]:
-        return tuple((k[start:stop], v[start:stop]) for k, v in layers)
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor[start:stop]
 
-    chunks = tuple(dataclasses.replace(chunk, layers=cut(chunk.layers)) for chunk in cache.chunks)
-    return dataclasses.replace(cache, chunks=chunks, text=None if cache.text is None else cut(cache.text))
+    chunks = tuple(dataclasses.replace(chunk, layers=_each(chunk.layers, rows)) for chunk in cache.chunks)
+    text = None if cache.text is None else tuple((rows(k), rows(v)) for k, v in cache.text)
+    return dataclasses.replace(cache, chunks=chunks, text=text)
 
 
 def detach(cache: KVCache) -> KVCache:
@@ -177,9 +188,7 @@ def detach(cache: KVCache) -> KVCache:
         >>> detach(KVCache()).frames
         0
     """
-    chunks = tuple(
-        dataclasses.replace(chunk, layers=tuple((k.detach(), v.detach()) for k, v in chunk.layers)) for chunk in cache.chunks
-    )
+    chunks = tuple(dataclasses.replace(chunk, layers=_each(chunk.layers, Tensor.detach)) for chunk in cache.chunks)
     return dataclasses.replace(cache, chunks=chunks)
 
 
@@ -205,14 +214,31 @@ def straight_through(context: Sequence[LayerKV], exit_kv: Sequence[LayerKV]) -> 
     return tuple((join(c[0], e[0]), join(c[1], e[1]), c[2], c[3]) for c, e in zip(context, exit_kv, strict=True))
 
 
+def _codes(values: Tensor | Packed) -> Tensor:
+    return values if isinstance(values, Tensor) else values.codes
+
+
+def _each(layers: tuple[CachedKV, ...], change: Callable[[Tensor], Tensor]) -> tuple[CachedKV, ...]:
+    """Layers with every tensor changed; axes of codes and scales are the same but for the last."""
+
+    def changed(values: Tensor | Packed) -> Tensor | Packed:
+        if isinstance(values, Tensor):
+            return change(values)
+        path = None if values.path is None else change(values.path)
+        return Packed(change(values.codes), change(values.scale), path)
+
+    return tuple((changed(k), changed(v)) for k, v in layers)
+
+
 def _flatten_cache(cache: KVCache):
-    return [tuple(chunk.layers for chunk in cache.chunks), cache.text], (tuple(c.positions for c in cache.chunks), cache.rope)
+    context = tuple(chunk.positions for chunk in cache.chunks), cache.rope, cache.storage
+    return [tuple(chunk.layers for chunk in cache.chunks), cache.text], context
 
 
 def _unflatten_cache(values, context) -> KVCache:
-    (layers, text), (positions, rope) = values, context
+    (layers, text), (positions, rope, storage) = values, context
     chunks = tuple(Chunk(layers=found, positions=place) for found, place in zip(layers, positions, strict=True))
-    return KVCache(chunks=chunks, text=text, rope=rope)
+    return KVCache(chunks=chunks, text=text, rope=rope, storage=storage)
 
 
 pytree.register_pytree_node(KVCache, _flatten_cache, _unflatten_cache, serialized_type_name="sftk.functional.cache.KVCache")

@@ -16,6 +16,7 @@ from sftk.functional.examples import example_block, example_cache, step_example
 from sftk.functional.guided import guided_kv
 from sftk.functional.keys import Key, normal_like
 from sftk.functional.noise import interpolate
+from sftk.functional.packed import Storage
 from sftk.functional.plan import Block
 from sftk.functional.predict import Denoiser, toy_denoiser
 from sftk.functional.schedule import TIMESTEPS, ScheduleName, frame_timesteps, timestep_to_sigma
@@ -52,17 +53,18 @@ def _given_example(batch: int, randn) -> dict:
 
 
 @transform(out="cache", kind="host", example=lambda batch, randn: {"rope": "relative"})
-def start_cache(*, rope: RopeMode = "absolute"):
+def start_cache(*, rope: RopeMode = "absolute", kv_cache: Storage = "full"):
     """An empty cache.
 
     Args:
         rope: how keys remember their position, see `KVCache`.
+        kv_cache: how keys and values are kept; `fp8` and `int8` halve the memory of bf16 ones.
 
     Example:
         >>> start_cache().frames
         0
     """
-    return KVCache(rope=rope)
+    return KVCache(rope=rope, storage=kv_cache)
 
 
 def _window_check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str, str]]:

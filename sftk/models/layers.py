@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sftk.functional.attention import Backend, Mask, attention
-from sftk.functional.cache import LayerKV
+from sftk.functional.cache import CachedKV, LayerKV
 from sftk.functional.exchange import Exchange
+from sftk.functional.packed import unpack
 from sftk.models.config import WanConfig
 from sftk.models.rope import rotate
 
@@ -91,7 +92,7 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         text: Tensor | None,
         text_kv: tuple[Tensor, Tensor] | None,
-        past: tuple[tuple[Tensor, Tensor], ...],
+        past: tuple[CachedKV, ...],
         past_rope: tuple[Tensor, Tensor] | None,
         mask: Mask,
         backend: Backend,
@@ -117,10 +118,10 @@ class Block(nn.Module):
         stored = k if past_rope is None else unrotated
         v_all, k_all = v, k
         if past:
-            past_k = [chunk[0].to(k.dtype) for chunk in past]
+            past_k = [unpack(chunk[0], k.dtype) for chunk in past]
             if past_rope is not None:
                 past_k = [rotate(torch.cat(past_k, dim=1), *past_rope)]
-            k_all, v_all = torch.cat([*past_k, k], dim=1), torch.cat([*(chunk[1].to(v.dtype) for chunk in past), v], dim=1)
+            k_all, v_all = torch.cat([*past_k, k], dim=1), torch.cat([*(unpack(chunk[1], v.dtype) for chunk in past), v], dim=1)
         y = exchange.to_tokens(attention(q, k_all, v_all, mask=mask, backend=backend))
         x = self.gated(x, self.self_attn.o(y.flatten(2)), gate1)
 

@@ -10,6 +10,7 @@ from sftk.core.graph import Graph
 from sftk.data.choices import Choice
 from sftk.errors import Problem, SpecError
 from sftk.functional.multistep import SolverName
+from sftk.functional.packed import Storage
 from sftk.spec.graphs import load_graph
 from sftk.spec.validators import above
 
@@ -37,6 +38,7 @@ class StudentSampling:
     window: int | None = None
     sink: int = 0
     rope: str = "relative"
+    kv_cache: Storage = "full"
     schedule: str = "continuous"
 
 
@@ -59,6 +61,7 @@ class CausalOdeSampling:
     window: int | None = None
     sink: int = 0
     rope: str = "relative"
+    kv_cache: Storage = "full"
 
 
 @attrs.frozen(kw_only=True)

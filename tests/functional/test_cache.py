@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from sftk.errors import ShapeError
 from sftk.functional import KVCache, append, window
-from sftk.functional.cache import detach, straight_through
+from sftk.functional.cache import detach, straight_through, take_rows
 
 TOKENS = 2
 
@@ -120,3 +122,61 @@ def test_straight_through_takes_value_here_and_gradient_there():
 def test_values_are_frozen():
     with pytest.raises(AttributeError):
         KVCache().chunks = ()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+STORAGES = pytest.mark.parametrize("storage", ["fp8", "int8"])
+
+
+def random_kv(frames: int, layers: int = 2, batch: int = 2):
+    return tuple(tuple(torch.randn(batch, frames * TOKENS, 2, 16) for _ in range(4)) for _ in range(layers))
+
+
+def tensors(cache: KVCache):
+    return [leaf for leaf in pytree.tree_leaves(cache) if isinstance(leaf, torch.Tensor)]
+
+
+@STORAGES
+def test_a_packed_cache_takes_less_and_is_close(storage):
+    kv = random_kv(3)
+    full, packed = append(KVCache(), kv, (0, 1, 2)), append(KVCache(storage=storage), kv, (0, 1, 2))
+    sizes = [sum(leaf.nbytes for leaf in tensors(dataclasses.replace(cache, text=None))) for cache in (full, packed)]
+    assert sizes[1] == sizes[0] / 4 * (1 + 4 / 16)  # float32 before; a byte each and a float32 for 16 of them now
+    for exact, close in zip(full.layer(1), packed.layer(1), strict=True):
+        assert (close - exact).norm() < 0.05 * exact.norm()
+        assert not torch.equal(close, exact)
+
+
+@STORAGES
+def test_a_packed_cache_windows_splits_and_detaches_as_a_full_one(storage):
+    first, second = random_kv(3), random_kv(3)
+
+    def build(storage):
+        return append(append(KVCache(storage=storage), first, (0, 1, 2)), second, (3, 4, 5))
+
+    full, packed = build("full"), build(storage)
+    for change in (
+        lambda cache: window(cache, size=4, sink=1),
+        lambda cache: take_rows(cache, 1, 2),
+        detach,
+        lambda cache: pytree.tree_map(lambda leaf: leaf, cache),
+    ):
+        one, other = change(full), change(packed)
+        assert other.positions == one.positions
+        assert (other.storage, other.rope) == (storage, "absolute")
+        for exact, close in zip(one.layer(0), other.layer(0), strict=True):
+            assert close.shape == exact.shape
+            assert (close - exact).norm() < 0.05 * exact.norm()
+    whole = build(storage).layer(0)
+    for part, all_of_it in zip(window(packed, size=3).layer(0), whole, strict=True):
+        assert torch.equal(part, all_of_it[:, 3 * TOKENS :])
+
+
+@STORAGES
+def test_gradient_reaches_packed_keys_straight_through(storage):
+    context, made = random_kv(3), tuple(tuple(t.requires_grad_() for t in layer) for layer in random_kv(3))
+    cache = append(KVCache(storage=storage), straight_through(context, made), (0, 1, 2))
+    k, v = cache.layer(1)
+    assert (k - context[1][0]).norm() < 0.05 * context[1][0].norm()
+    found = torch.autograd.grad((2 * k - v).sum(), made[1][:2])
+    assert [g.unique().tolist() for g in found] == [[2.0], [-1.0]]
+    assert not any(t.requires_grad for t in tensors(detach(cache)))
