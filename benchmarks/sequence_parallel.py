@@ -121,7 +121,7 @@ def main() -> None:
             found.pop("rank")
             seconds = found["seconds"]
             alone = alone or seconds
-            plan = plan_stage(stage_of(overrides), gpus=degree, sharding="replicate" if shard == "1" else "fsdp")
+            plan = plan_stage(stage_of(overrides), gpus=degree)
             planned = {"seconds": round(plan.phases[0].seconds, 3), "gib": round(plan.peak / GIB, 2)}
             setting = {"sequence": degree, "shard": shard, "torch": torch.__version__}
             speedup = {"speedup": round(sum(alone) / sum(seconds), 3), "planned": planned}

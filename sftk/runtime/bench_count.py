@@ -9,7 +9,7 @@ import torch
 
 from sftk.runtime.bench_cases import BACKWARD, FORWARD, ROLLOUT, pass_inputs, producers, rollout_graph, rollout_values
 from sftk.runtime.plan_models import meta_stage
-from sftk.runtime.plan_pass import CountedPort, PhasePass, pass_stage
+from sftk.runtime.plan_pass import CountedPort, PhasePass, VisitLog, pass_stage
 from sftk.runtime.plan_trace import Work
 from sftk.spec.recipe import Stage
 
@@ -46,7 +46,7 @@ def count_cases(stage: Stage, names: Sequence[str]) -> Counts:
         if name not in (ROLLOUT, FORWARD, BACKWARD):
             continue
         meta.models[role].requires_grad_(name == BACKWARD)
-        port = CountedPort(meta, role, {}, PhasePass(name=name, every=1, roles=()))
+        port = CountedPort(meta, role, VisitLog(), PhasePass(name=name, every=1, roles=()))
         with meta.traced() as trace, torch.set_grad_enabled(name == BACKWARD):
             if name == ROLLOUT:
                 graph.run(rollout_values(graph, meta.batch), {"denoiser": port})

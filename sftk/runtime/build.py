@@ -179,6 +179,8 @@ def _copy(stage: Stage, role: str, source: nn.Module, mesh: Mesh) -> nn.Module:
     parameter = next(source.parameters())
     with torch.device("meta"):
         module = _share(construct(recipe, role).to(parameter.dtype), mesh)
+    if sharding is not None:  # it changes after every step, and what stayed gathered would not
+        sharding = attrs.evolve(sharding, reshard=True)
     module = parallelize(module, sharding=sharding).to_empty(device=parameter.device)
     given = source.state_dict()
     with torch.no_grad():

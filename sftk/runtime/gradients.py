@@ -33,6 +33,10 @@ class GradientSync:
     def __init__(self, module: nn.Module, mesh: Mesh, *, whole: bool = True):
         self.module, self.mesh, self.keep_whole = module, mesh, whole
         self.sharded = isinstance(module, FSDPModule)
+        if isinstance(module, FSDPModule):
+            # FSDP2 settles at the first call in what dtype it reduces, from the weights that require a gradient then: none,
+            # where an earlier phase only reads the model.
+            module._get_fsdp_state()._lazy_init()
 
     def before_backward(self, *, last: bool) -> None:
         """Says whether the next backward pass is the last one of the update."""

@@ -2,39 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 
 from sftk.errors import SpecError
 from sftk.models.rope import rope_table
 from sftk.runtime.plan_advice import advise
-from sftk.runtime.plan_layout import Plan, arrange
-from sftk.runtime.plan_pass import pass_stage
-from sftk.runtime.plan_rates import Sharding, gpu
+from sftk.runtime.plan_layout import Plan, lay_out
+from sftk.runtime.plan_memory import is_sharded
+from sftk.runtime.plan_pass import StagePass, pass_stage
+from sftk.runtime.plan_rates import NODE, gpu
+from sftk.spec.arrangement import Arrangement
+from sftk.spec.rank_checks import check_ranks
 from sftk.spec.recipe import Stage
 
+@attrs.define
+class Planner:
+    """Plans of stages that differ little: passes over meta tensors are made once for all that are alike.
 
-def plan_stage(
-    stage: Stage,
-    *,
-    gpus: int = 1,
-    gpu_name: str = "h100",
-    sharding: Sharding | None = None,
-    node: int = 8,
-    eight_bit: bool = False,
-) -> Plan:
+    Args:
+        gpu_name: see `sftk.runtime.plan_rates`. node: GPUs of a node.
+
+    Example:
+        >>> from sftk.spec.recipe import load_recipe
+        >>> planner = Planner("h100")
+        >>> (stage,) = load_recipe("recipes/digits/df.yaml")
+        >>> [planner.plan(stage, gpus).accumulation for gpus in (1, 4)], len(planner.passes)
+        ([1, 1], 2)
+    """
+
+    gpu_name: str
+    node: int = NODE
+    passes: list[tuple[Stage, frozenset[str], StagePass]] = attrs.field(factory=list)
+
+    def plan(self, stage: Stage, gpus: int) -> Plan:
+        """Plans a stage as its recipe's `parallel` and `batch` say, as the runner reads them.
+
+        Raises:
+            SpecError: the ranks or the batch do not divide so, or the GPU is unknown.
+        """
+        device, found = gpu(self.gpu_name), check_ranks(stage, gpus, self.node)
+        return lay_out(stage, self._passed(stage, found), found, device, self.gpu_name, self.node)
+
+    def _passed(self, stage: Stage, found: Arrangement) -> StagePass:
+        """One rank's pass of a micro-batch; what only arithmetic reads of a recipe is left out of the comparison."""
+        recipe = stage.recipe
+        sharded = frozenset(role for role in found.shards if is_sharded(recipe, role, found))
+        batch = attrs.evolve(recipe.batch, per_rank=found.per_rank, global_=found.per_rank)
+        models = {role: attrs.evolve(model, parallel=type(model.parallel)()) for role, model in recipe.models.items()}
+        parallel = type(recipe.parallel)(sequence=recipe.parallel.sequence)
+        local = attrs.evolve(stage, recipe=attrs.evolve(recipe, batch=batch, models=models, parallel=parallel, optimizers={}))
+        for known, roles, measured in self.passes:
+            if known.recipe == local.recipe and known.graphs is local.graphs and roles == sharded:
+                return measured
+        rope_table.cache_clear()  # tables that an earlier pass left would not be counted
+        self.passes.append((local, sharded, pass_stage(local, sharded=sharded)))
+        return self.passes[-1][-1]
+
+
+def plan_stage(stage: Stage, *, gpus: int = 1, gpu_name: str = "h100", node: int = NODE, advice: bool = True) -> Plan:
     """Plans a stage.
 
     Args:
-        stage: from `load_recipe`.
-        gpus: ranks; so many as the recipe's `parallel.sequence` says share samples, the others have their own.
-        gpu_name: see `sftk.runtime.plan_rates`.
-        sharding: `replicate` holds everything on each rank, `fsdp` shards weights, gradients and optimiser over all of them,
-            `hsdp` over those of a node. None takes replicate for one GPU, fsdp for one node and hsdp beyond.
-        node: GPUs of a node.
-        eight_bit: the optimiser's states take a byte each.
+        stage: from `load_recipe`; its `parallel` says how ranks share weights and samples.
+        gpus: ranks. gpu_name: see `sftk.runtime.plan_rates`. node: GPUs of a node.
+        advice: also find out what would make it fit, where it does not.
 
     Raises:
-        SpecError: the batch cannot be split over the GPUs, or the GPU is unknown.
+        SpecError: the ranks or the batch do not divide so, or the GPU is unknown.
 
     Example:
         >>> from sftk.spec.recipe import load_recipe
@@ -42,21 +78,29 @@ def plan_stage(
         >>> plan.fits, plan.parameters
         (True, {'denoiser': 689776})
     """
-    rope_table.cache_clear()  # tables that an earlier pass left would not be counted
-    if sharding is None:
-        sharding = "replicate" if gpus == 1 else "fsdp" if gpus <= node else "hsdp"
-    device = gpu(gpu_name)
-    batch, sequence = stage.recipe.batch, stage.recipe.parallel.sequence
-    try:
-        if gpus % sequence:
-            raise ValueError(f"parallel.sequence {sequence} does not divide {gpus} GPUs")
-        per_rank, accumulation = batch.split(gpus // sequence)
-    except ValueError as error:
-        raise SpecError(f"{error}; change --gpus, batch.global or batch.per_rank") from error
-    micro = attrs.evolve(batch, per_rank=per_rank, global_=per_rank * accumulation)
-    local = attrs.evolve(stage, recipe=attrs.evolve(stage.recipe, batch=micro))
-    measured = pass_stage(local)
-    found = arrange(local, measured, gpus, device, gpu_name, sharding, node, eight_bit)
-    if found.fits:
+    planner = Planner(gpu_name, node)
+    found = planner.plan(stage, gpus)
+    if found.fits or not advice:
         return found
-    return attrs.evolve(found, advice=advise(local, measured, found, node))
+    return attrs.evolve(found, advice=advise(stage, found, planner.plan))
+
+
+def plan_counts(
+    stage: Stage, counts: Sequence[int], *, gpu_name: str = "h100", node: int = NODE
+) -> dict[int, Plan | SpecError]:
+    """Plans a stage on several numbers of GPUs: the plan of each, or why there is none.
+
+    Example:
+        >>> from sftk.spec.recipe import load_recipe
+        >>> found = plan_counts(load_recipe("recipes/digits/df.yaml")[0], [8, 24])
+        >>> found[8].per_rank, str(found[24]).partition(" @ ")[0]
+        (4, 'global 32 does not split into passes of 1 on each of 24 ranks')
+    """
+    planner = Planner(gpu_name, node)
+    found: dict[int, Plan | SpecError] = {}
+    for gpus in counts:
+        try:
+            found[gpus] = planner.plan(stage, gpus)
+        except SpecError as error:
+            found[gpus] = error
+    return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,13 +20,41 @@ from sftk.runtime.shapes import meta_batch
 from sftk.spec.recipe import Stage
 
 
+@attrs.frozen
+class Unit:
+    """Weights that FSDP2 gathers together, by their shapes."""
+
+    shapes: tuple[torch.Size, ...]
+
+    def padded(self, shards: int) -> int:
+        """How many there are when each is cut by rows into so many equal parts, the last ones filled up.
+
+        Example:
+            >>> Unit((torch.Size((3, 2)), torch.Size((4,)))).padded(2)
+            12
+        """
+        return sum(math.ceil(shape[0] / shards) * shards * math.prod(shape[1:]) for shape in self.shapes)
+
+
 @attrs.frozen(kw_only=True)
 class RoleSize:
-    """A role's weights: how many, bytes of each, bytes of its largest block (or of all, without blocks)."""
+    """A role's weights: bytes of each, and the weights by unit: first what no block holds, then each block."""
 
-    parameters: int
     bytes_each: int
-    block_bytes: int
+    units: tuple[Unit, ...]
+
+    @property
+    def parameters(self) -> int:
+        """How many weights there are."""
+        return self.padded(1)
+
+    def padded(self, shards: int) -> int:
+        """How many there are in as many shards, with what fills them up."""
+        return sum(unit.padded(shards) for unit in self.units)
+
+    def block(self, shards: int) -> int:
+        """How many the largest block has."""
+        return max((unit.padded(shards) for unit in self.units[1:]), default=0)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -54,11 +83,12 @@ class MetaStage:
             yield trace
 
 
-def meta_stage(stage: Stage) -> MetaStage:
+def meta_stage(stage: Stage, sharded: Collection[str] = ()) -> MetaStage:
     """Builds a stage's models on meta tensors.
 
     Args:
         stage: from `load_recipe`.
+        sharded: roles that FSDP2 shards, and so gathers in half precision under `precision: bf16`; autocast makes no copies.
 
     Example:
         >>> from sftk.spec.recipe import load_recipe
@@ -77,17 +107,20 @@ def meta_stage(stage: Stage) -> MetaStage:
             continue
         if section.ema_of is None:
             sizes[role] = _size(model)
+        if half is not None and (section.ema_of or role) in sharded:
+            model.to(half.dtype)
         if half is not None:
             for block in getattr(model, "blocks", ()):
                 half.around(block)
-        share_sequence(model, SequenceGroup(name="", rank=0, degree=recipe.parallel.sequence))
+        share_sequence(model, SequenceGroup(name=role, rank=0, degree=recipe.parallel.sequence))
         models[role] = parallelize(model, checkpoint=section.checkpoint)
         measure_blocks(models[role], active)
     return MetaStage(stage=stage, models=models, sizes=sizes, batch=meta_batch(stage), active=active, half=half)
 
 
 def _size(model: nn.Module) -> RoleSize:
-    parameters = list(model.parameters())
-    blocks = getattr(model, "blocks", None) or [model]
-    block = max(sum(p.numel() * p.element_size() for p in b.parameters()) for b in blocks)
-    return RoleSize(parameters=sum(p.numel() for p in parameters), bytes_each=parameters[0].element_size(), block_bytes=block)
+    blocks = [tuple(block.parameters()) for block in getattr(model, "blocks", ())]
+    inside = {id(p) for block in blocks for p in block}
+    root = tuple(p for p in model.parameters() if id(p) not in inside)
+    units = tuple(Unit(tuple(p.shape for p in unit)) for unit in (root, *blocks))
+    return RoleSize(bytes_each=next(model.parameters()).element_size(), units=units)

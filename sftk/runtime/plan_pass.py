@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import attrs
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -16,6 +17,7 @@ from sftk.models.branch import ClassifierBranch
 from sftk.runtime.build import training_graph
 from sftk.runtime.plan_models import MetaStage, RoleSize, meta_stage
 from sftk.runtime.plan_trace import Work
+from sftk.runtime.plan_visits import Visit
 from sftk.runtime.port import make_port
 from sftk.spec.recipe import Stage
 from sftk.spec.turns import Turn, cycle
@@ -29,7 +31,7 @@ class PhasePass:
         name, roles: of the turn. every: steps to a turn, in the mean.
         peaks: bytes of gradients to the most other bytes alive with them, weights and optimiser apart; over all exit steps.
         work: the mean. exits: of each exit step; one where none is drawn.
-        calls: role to how often it is called, forward and backward passes counted each; the mean.
+        visits: role to its forward and backward passes, in order, for each exit step.
         caches: most bytes that a call was given as cached keys and values.
     """
 
@@ -39,8 +41,14 @@ class PhasePass:
     peaks: dict[int, int] = attrs.field(factory=dict)
     work: Work = attrs.field(factory=Work)
     exits: list[Work] = attrs.field(factory=list)
-    calls: dict[str, float] = attrs.field(factory=dict)
+    visits: list[dict[str, list[Visit]]] = attrs.field(factory=list)
     caches: int = 0
+
+    @property
+    def calls(self) -> dict[str, float]:
+        """Role to how often it is called, forward and backward passes counted each; the mean."""
+        roles = dict.fromkeys(role for visits in self.visits for role in visits)
+        return {role: sum(len(visits.get(role, ())) for visits in self.visits) / len(self.visits) for role in roles}
 
     def peak(self, share: float = 1.0) -> float:
         """Most bytes of activations and that share of the gradients."""
@@ -55,12 +63,15 @@ class StagePass:
     phases: tuple[PhasePass, ...]
 
 
-def pass_stage(stage: Stage, meta: MetaStage | None = None, turns: Sequence[Turn] | None = None) -> StagePass:
+def pass_stage(
+    stage: Stage, meta: MetaStage | None = None, turns: Sequence[Turn] | None = None, sharded: Collection[str] = ()
+) -> StagePass:
     """Runs a stage's turns on meta tensors, each once for every exit step.
 
     Args:
         stage: from `load_recipe`.
         meta: its models, where they are there already. turns: which ones; None is all.
+        sharded: roles that FSDP2 shards, see `meta_stage`.
 
     Example:
         >>> from sftk.spec.recipe import load_recipe
@@ -69,7 +80,7 @@ def pass_stage(stage: Stage, meta: MetaStage | None = None, turns: Sequence[Turn
         >>> phase.name, phase.calls
         ('df', {'denoiser': 2.0})
     """
-    meta, turns = meta or meta_stage(stage), stage.turns if turns is None else turns
+    meta, turns = meta or meta_stage(stage, sharded), stage.turns if turns is None else turns
     times, outputs = cycle(stage.turns), {}
     return StagePass(roles=meta.sizes, phases=tuple(_pass_turn(meta, turn, times, outputs) for turn in turns))
 
@@ -91,9 +102,10 @@ def _pass_turn(meta: MetaStage, turn: Turn, times: dict[str, int], outputs: dict
     while len(found.exits) < exits:  # the first turn finds out how many there are
         key = ExitKey(seed=recipe.seed, phase=phase.name, samples=batch["key"].samples, exit_index=len(found.exits))
         values["key"] = key
-        calls: dict[str, float] = {}
+        found.visits.append({})
+        log = VisitLog(found.visits[-1])
         ports = {
-            port: models[role] if recipe.models[role].codec is not None else CountedPort(meta, role, calls, found)
+            port: models[role] if recipe.models[role].codec is not None else CountedPort(meta, role, log, found)
             for port, role in roles.items()
         }
         with meta.traced() as trace:
@@ -101,32 +113,58 @@ def _pass_turn(meta: MetaStage, turn: Turn, times: dict[str, int], outputs: dict
                 if isinstance(tensor, Tensor):
                     trace.track(tensor)
             out = graph.run(values, ports)
+            log.sync = True
             out[phase.loss].backward()
-            once = trace.work.attention - trace.work.attention_again
-            tape.pull_back()
+            once, log.sync = trace.work.attention - trace.work.attention_again, False
+            tape.pull_back(log.share)
             trace.work.attention_again = trace.work.attention - once  # replay calls again what ran without a graph
         outputs[phase.name] = detached(out)
         exits = max(key.choices, default=1)
         for gradients, alive in trace.peaks.items():
             found.peaks[gradients] = max(found.peaks.get(gradients, 0), alive)
         found.exits.append(trace.work)
-        for role, count in calls.items():
-            found.calls[role] = found.calls.get(role, 0.0) + count / exits
         del out
     for work in found.exits:
         found.work.add(work, 1 / exits)
     return found
 
 
+@attrs.define
+class VisitLog:
+    """Writes down when models are called. `sync`: ranks would share gradients in a backward pass that begins now."""
+
+    visits: dict[str, list[Visit]] = attrs.field(factory=dict)
+    sync: bool = False
+
+    def share(self) -> None:
+        """Ranks share gradients from here on."""
+        self.sync = True
+
+    def called(self, role: str, given: list[Tensor], made: list[Tensor]) -> None:
+        """A forward pass of a role, and the backward passes that will come through its outputs."""
+        own, through, seen = self.visits.setdefault(role, []), any(t.requires_grad for t in given), set[int]()
+        own.append(Visit())
+
+        def visited(_: Tensor) -> None:
+            task = torch._C._current_graph_task_id()
+            if task not in seen:
+                seen.add(task)
+                own.append(Visit(task=task, through=through, sync=self.sync))
+
+        for tensor in made:
+            if tensor.requires_grad:
+                tensor.register_hook(visited)
+
+
 class CountedPort:
-    """A port that opens the trace's copies of weights for a call, and counts calls: with gradient, a backward pass, too.
+    """A port that opens the trace's copies of weights for a call, and writes down calls.
 
     Args:
-        meta: the models. role: which of them. calls: role to count. found: notes the most bytes of a call's cache.
+        meta: the models. role: which of them. log: notes calls. found: notes the most bytes of a call's cache.
     """
 
-    def __init__(self, meta: MetaStage, role: str, calls: dict[str, float], found: PhasePass):
-        self.role, self.active, self.calls, self.found = role, meta.active, calls, found
+    def __init__(self, meta: MetaStage, role: str, log: VisitLog, found: PhasePass):
+        self.role, self.active, self.log, self.found = role, meta.active, log, found
         module = meta.models[role]
         self.port = module if meta.stage.recipe.models[role].ready_made else make_port(module, None)
         self.trains = any(p.requires_grad for p in module.parameters())
@@ -144,6 +182,6 @@ class CountedPort:
         out = self.port(*args, **kwargs)
         trace.caching = False
         trace.casts.clear()
-        graph = any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(out))
-        self.calls[self.role] = self.calls.get(self.role, 0.0) + (2 if graph else 1)
+        given, made = ([t for t in tree_leaves(found) if isinstance(t, Tensor)] for found in ((args, kwargs), out))
+        self.log.called(self.role, given, made)
         return out

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import attrs
 
 from sftk.errors import SpecError, did_you_mean
 
 GIB = 2**30
-
-Sharding = Literal["replicate", "fsdp", "hsdp"]
-"""How a plan spreads weights: a copy on each GPU, pieces over all of them, or pieces within a node and copies between nodes."""
-
-SHARDINGS: tuple[Sharding, ...] = ("replicate", "fsdp", "hsdp")
+NODE = 8
+"""GPUs of a node, where nothing else is said."""
 
 
 @attrs.frozen(kw_only=True)

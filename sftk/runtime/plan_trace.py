@@ -20,6 +20,21 @@ ALL_TO_ALL, WAIT = "_c10d_functional::all_to_all_single", "_c10d_functional::wai
 
 
 @attrs.define
+class Exchanged:
+    """What ranks that share samples exchange: collectives, bytes that each rank gives them, of these to other ranks."""
+
+    calls: float = 0.0
+    payload: float = 0.0
+    sent: float = 0.0
+
+    def add(self, other: Exchanged, times: float = 1.0) -> None:
+        """Adds another, `times` over."""
+        self.calls += times * other.calls
+        self.payload += times * other.payload
+        self.sent += times * other.sent
+
+
+@attrs.define
 class Work:
     """What a pass computes.
 
@@ -28,7 +43,7 @@ class Work:
         attention, attention_backward: of attention. attention_again: the part of `attention` that a backward pass computed
             again for an activation checkpoint.
         moved: bytes that all other operations read and write, each tensor once an operation.
-        sent: bytes that go to other ranks, which share the pass's tokens.
+        exchanged: name of a process group to what goes between its ranks, which share the pass's tokens.
     """
 
     gemm: float = 0.0
@@ -36,17 +51,24 @@ class Work:
     attention_backward: float = 0.0
     attention_again: float = 0.0
     moved: float = 0.0
-    sent: float = 0.0
+    exchanged: dict[str, Exchanged] = attrs.field(factory=dict)
 
     def add(self, other: Work, times: float = 1.0) -> None:
         """Adds other work, `times` over."""
-        for field in attrs.fields(Work):
-            setattr(self, field.name, getattr(self, field.name) + times * getattr(other, field.name))
+        for name in ("gemm", "attention", "attention_backward", "attention_again", "moved"):
+            setattr(self, name, getattr(self, name) + times * getattr(other, name))
+        for name, exchanged in other.exchanged.items():
+            self.exchanged.setdefault(name, Exchanged()).add(exchanged, times)
 
     @property
     def flops(self) -> float:
         """All floating-point operations."""
         return self.gemm + self.attention + self.attention_backward
+
+    @property
+    def sent(self) -> float:
+        """Bytes that go to other ranks."""
+        return sum(exchanged.sent for exchanged in self.exchanged.values())
 
 
 class Trace(TorchDispatchMode):
@@ -97,8 +119,9 @@ class Trace(TorchDispatchMode):
         elif func._overloadpacket in flop_registry:
             self.work.gemm += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
         elif name == ALL_TO_ALL:
-            tensor, _, splits, _ = args
-            self.work.sent += tensor.nbytes * (1 - splits[0] / sum(splits))  # what the first rank keeps does not travel
+            tensor, _, splits, group = args
+            sent = tensor.nbytes * (1 - splits[0] / sum(splits))  # what the first rank keeps does not travel
+            self.work.exchanged.setdefault(group, Exchanged()).add(Exchanged(calls=1, payload=tensor.nbytes, sent=sent))
         elif name.startswith(("aten::empty", WAIT)):
             return
         elif any(made) or name.rstrip("_") != name or name.startswith("aten::_foreach"):

@@ -19,7 +19,7 @@ from sftk.functional.layout import Layout
 from sftk.models.config import WanConfig, preset
 from sftk.models.wan import WanModel
 from sftk.runtime.parallelize import parallelize
-from sftk.runtime.plan import plan_stage
+from sftk.runtime.plan import Planner, plan_stage
 from sftk.runtime.plan_advice import advise
 from sftk.runtime.plan_blocks import Active, measure_blocks
 from sftk.runtime.plan_pass import pass_stage
@@ -171,7 +171,7 @@ def test_work_of_a_cycle_is_that_of_the_published_code(benchmark_pass):
 
 def test_peak_and_work_of_the_benchmark(benchmark_pass, monkeypatch):
     (stage,) = load_recipe(BENCHMARK)
-    monkeypatch.setattr("sftk.runtime.plan.pass_stage", lambda local: benchmark_pass)
+    monkeypatch.setattr("sftk.runtime.plan.pass_stage", lambda local, sharded: benchmark_pass)
     plan = plan_stage(stage)
     generator, critic = plan.phases
     # Measured on one H100, eager, 63.1 GiB, where 60.6 were planned: before checkpoints shared the context's chunks.
@@ -200,24 +200,60 @@ def test_calls_are_the_mean_over_exit_steps(small):
     assert critic.calls == {"generator": 7 * 2.5 + 6, "fake_score": 2.0}
 
 
-def test_sharding_divides_what_it_shards(small):
-    phases = tuple(attrs.evolve(phase, every=1) for phase in small.recipe.phases[1:])
-    small = attrs.evolve(small, recipe=attrs.evolve(small.recipe, phases=phases))
-    whole = plan_stage(small, gpus=8, sharding="replicate")
-    parts = plan_stage(small, gpus=8, sharding="fsdp")
-    nodes = plan_stage(small, gpus=8, sharding="hsdp", node=4)
-    count = sum(whole.parameters.values())
-    assert whole.weights == 4 * count
-    assert parts.weights == whole.weights / 8
-    assert nodes.weights == whole.weights / 4
-    assert whole.optimizer == 8 * whole.parameters["fake_score"]
-    assert parts.optimizer == whole.optimizer / 8
+@pytest.fixture(scope="module")
+def planner():
+    """Passes are made once for all tests."""
+    return Planner("h100")
+
+
+def with_parallel(stage, **changes):
+    return attrs.evolve(stage, recipe=attrs.evolve(stage.recipe, parallel=attrs.evolve(stage.recipe.parallel, **changes)))
+
+
+def test_sharding_divides_what_it_shards(small, planner):
+    whole = planner.plan(with_parallel(small, shard=1), 8)
+    parts = planner.plan(with_parallel(small, shard="all"), 8)
+    nodes = Planner("h100", 4, planner.passes).plan(with_parallel(small, shard="node"), 8)
     trained = whole.parameters["fake_score"]
-    calls = pass_stage(small).phases[0].calls
-    gathered = 2 * 7 / 8 * sum(calls[role] * parts.parameters[role] for role in calls)
-    assert parts.phases[0].communication == pytest.approx(gathered + 7 / 8 * 4 * trained)
-    assert whole.phases[0].communication == pytest.approx(2 * 7 / 8 * 4 * trained)
-    assert plan_stage(small, gpus=8, eight_bit=True).optimizer == parts.optimizer / 4
+    for role in whole.roles:
+        assert whole.roles[role].weights == 4 * whole.parameters[role]
+        assert parts.roles[role].weights == pytest.approx(whole.roles[role].weights / 8, rel=0.03)  # rows fill up
+        assert nodes.roles[role].weights == pytest.approx(whole.roles[role].weights / 4, rel=0.03)
+    assert whole.roles["fake_score"].optimizer == 8 * trained
+    assert parts.roles["fake_score"].optimizer == 2 * parts.roles["fake_score"].weights
+    critic = parts.phases[1]
+    calls = {"generator": 7 * 2.5 + 6, "fake_score": 2.0}
+    gathered = 4 * 7 / 8 * sum(calls[role] * parts.parameters[role] for role in calls)
+    assert critic.communication == pytest.approx(gathered + 7 / 8 * 4 * trained, rel=0.03)
+    assert whole.phases[1].communication == pytest.approx(2 * 7 / 8 * 4 * trained)
+    assert [{row.kind for row in plan.phases[1].traffic} for plan in (whole, parts, nodes)] == [
+        {"all_reduce"}, {"all_gather", "reduce_scatter"}, {"all_gather", "reduce_scatter", "all_reduce"}
+    ]  # fmt: skip
+    across = [sum(row.across for row in plan.phases[1].traffic if row.kind != "all_reduce") for plan in (parts, nodes)]
+    assert across == [0, 0], "8 GPUs are one node, and of two nodes each has its copy"
+
+
+def test_what_a_role_says_for_itself_is_planned_so(small, planner):
+    mine = attrs.evolve(small.recipe.models["real_score"].parallel, shard=1, offload=True)
+    models = small.recipe.models | {"real_score": attrs.evolve(small.recipe.models["real_score"], parallel=mine)}
+    (plain, changed) = (
+        planner.plan(stage, 8) for stage in (small, attrs.evolve(small, recipe=attrs.evolve(small.recipe, models=models)))
+    )
+    assert changed.host == 4 * changed.parameters["real_score"]
+    assert changed.roles["generator"] == plain.roles["generator"]
+    assert changed.on_device("weights") == plain.on_device("weights") - plain.roles["real_score"].weights
+    small_state = {role: attrs.evolve(one, use="adamw_8bit") for role, one in small.recipe.optimizers.items()}
+    eight = planner.plan(attrs.evolve(small, recipe=attrs.evolve(small.recipe, optimizers=small_state)), 8)
+    assert eight.on_device("optimizer") == plain.on_device("optimizer") / 4
+
+
+def test_whole_gradients_between_micro_batches_are_counted(small, planner):
+    batch = attrs.evolve(small.recipe.batch, global_=16)
+    longer = attrs.evolve(small, recipe=attrs.evolve(small.recipe, batch=batch))
+    whole, scattered = (planner.plan(with_parallel(longer, accumulate=how), 8) for how in ("whole", "sharded"))
+    assert whole.phases[1].gradients == 4 * whole.parameters["fake_score"]
+    assert scattered.phases[1].gradients == scattered.roles["fake_score"].weights
+    assert whole.phases[1].communication < scattered.phases[1].communication
 
 
 def test_a_window_shrinks_the_context(small):
@@ -248,13 +284,12 @@ def test_sharing_samples_is_advised_where_one_is_too_large():
     roles = ("generator", "real_score", "fake_score")
     common = [f"models.{role}.{change}" for role in roles for change in (f"size={size}", "weights=null", "checkpoint=full")]
     everything = ["models.real_score.dtype=bf16", "phases.generator.backward=replay", "batch.global=64", "batch.per_rank=1"]
-    tried = plan_stage(
-        load_recipe("recipes/digits/dmd.yaml", [*common, *everything])[0], gpus=64, sharding="fsdp", eight_bit=True
-    )
+    everything += [f"optimizers.{role}.use=adamw_8bit" for role in ("generator", "fake_score")]
+    tried = plan_stage(load_recipe("recipes/digits/dmd.yaml", [*common, *everything])[0], gpus=64)
     (stage,) = load_recipe("recipes/digits/dmd.yaml", [*common, "batch.global=8", "batch.per_rank=1"])
     tight = attrs.evolve(plan_stage(stage, gpus=8), budget=tried.peak * 0.95)
-    first = advise(stage, pass_stage(stage), tight, 8)[0]
-    assert re.match(r"sharding over \d+ GPUs .* and parallel.sequence=2, with .* would make it fit", first), first
+    first = advise(stage, tight, Planner("h100").plan)[0]
+    assert re.match(r"sharding over \d+ GPUs \(.*parallel.sequence=2\), with .* would make it fit", first), first
 
 
 def test_a_checkpoint_is_advised(small):
@@ -277,7 +312,7 @@ def test_a_sequence_group_shares_work_and_caches(small):
         assert one.caches / 3.1 < part.caches < one.caches / 2.5  # the text's are whole
         assert 0 < part.exchanged < part.communication
         assert one.exchanged == 0
-    with pytest.raises(SpecError, match=r"parallel\.sequence 3 does not divide 8 GPUs"):
+    with pytest.raises(SpecError, match=r"sequence 3 does not divide 8 ranks @ \$\.parallel\.sequence"):
         plan_stage(stage, gpus=8)
 
 
@@ -289,11 +324,30 @@ def test_a_batch_that_does_not_split_is_an_error(small):
 def test_the_command():
     run = CliRunner().invoke(main, ["plan", "recipes/digits/df.yaml", "--gpus", "2", "--gpu", "a100"])
     assert run.exit_code == 0, run.output
-    assert "df: 2 x a100, fsdp; 16 samples in a pass, 1 in an update" in run.output
+    assert "df: 2 x a100, 8 a node; 16 samples in a pass, 1 pass an update" in run.output
     assert run.output.rstrip().splitlines()[-1].strip().startswith("peak 0.")
     told = json.loads(CliRunner().invoke(main, ["plan", "recipes/digits/df.yaml", "--json"]).output)
     assert told[0]["fits"] is True
-    assert told[0]["parameters"] == {"denoiser": sum(p.numel() for p in WanModel(preset("digits")).parameters())}
+    assert told[0]["roles"]["denoiser"]["parameters"] == sum(p.numel() for p in WanModel(preset("digits")).parameters())
+
+
+def test_several_counts_stand_side_by_side():
+    run = CliRunner().invoke(main, ["plan", "recipes/digits/df.yaml", "--gpus", "1,16,24", "--gpus-per-node", "8"])
+    assert run.exit_code == 0, run.output
+    cells = {line[:42].strip(): line[42:].split() for line in run.output.splitlines()[1:-1]}
+    assert cells["GPUs"] == ["1", "16"]
+    assert cells["samples in a pass"] == ["32", "2"]
+    assert cells["denoiser: ranks a copy"] == ["1", "16"]
+    assert "  24 GPUs: global 32 does not split into passes of 1 on each of 24 ranks" in run.output.splitlines()[-1]
+    told = json.loads(CliRunner().invoke(main, ["plan", "recipes/digits/df.yaml", "--gpus", "16,24", "--json"]).output)
+    assert [row["gpus"] for row in told] == [16, 24]
+    assert told[0]["phases"][0]["traffic"][0]["kind"] == "all_gather"
+    assert "problem" in told[1]
+    for wrong in ("0", "8,x", ","):
+        run = CliRunner().invoke(main, ["plan", "recipes/digits/df.yaml", "--gpus", wrong])
+        assert (run.exit_code, "is no number of GPUs" in run.output) == (2, True)
+    run = CliRunner().invoke(main, ["plan", "recipes/digits/df.yaml", "--gpus", "24,48"])
+    assert (run.exit_code, "does not split" in run.output) == (2, True)
 
 
 def test_the_doctor(tmp_path, monkeypatch):
