@@ -17,6 +17,7 @@ from sftk.spec.arrangement import Arrangement
 from sftk.spec.rank_checks import check_ranks
 from sftk.spec.recipe import Stage
 
+
 @attrs.define
 class Planner:
     """Plans of stages that differ little: passes over meta tensors are made once for all that are alike.
