@@ -55,9 +55,9 @@ def slurm(
     for stage in load_recipe(recipe, overrides, check=evaluation_problems):
         arrange_ranks(stage.recipe, nodes * gpus, gpus)
     name = Path(recipe).stem
-    run_dir, out = run_dir or Path("runs") / name / "slurm", out or Path(f"{name}.sbatch")
+    run_dir, out = run_dir or Path("runs") / "_".join(name.split()) / "slurm", out or Path(f"{name}.sbatch")
     job = SlurmJob(
-        name=name,
+        name="_".join(name.split()),
         nodes=nodes,
         gpus=gpus,
         cpus=cpus,

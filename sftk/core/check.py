@@ -186,19 +186,13 @@ def _check_fold(
     problems += check_nodes(fold.nodes, inside, _renamed(maybe, node.in_), set(fold.carry), ports, written, frames)
     problems += [
         Problem(
-            path=("carry", key), message=f"carries {key!r}, which its body never writes", hint=_near(key, written), missing=True
-        )
-        for key in fold.carry
-        if key not in written
-    ]
-    problems += [
-        Problem(
-            path=("collect", key),
-            message=f"collects {key!r}, which its body never writes",
+            path=(section, key),
+            message=f"{does} {key!r}, which its body never writes",
             hint=_near(key, written),
             missing=True,
         )
-        for key in fold.collect
+        for section, does, keys in (("carry", "carries", fold.carry), ("collect", "collects", fold.collect))
+        for key in keys
         if key not in written
     ]
     return problems

@@ -21,12 +21,24 @@ OPTIMIZER, AVERAGE = ".optimizer", ".ema"
 
 
 def unfinished(folder: Path, step: int) -> Path:
-    """Where a checkpoint lies while it is written."""
+    """Where a checkpoint lies while it is written.
+
+    Example:
+        >>> unfinished(Path("checkpoints/dmd"), 120).name
+        '.writing-00000120'
+    """
     return folder / f".writing-{step:08d}"
 
 
 def begin(folder: Path, step: int) -> None:
-    """Clears away what a killed run left half written or half removed, and makes the folder to write into."""
+    """Clears away what a killed run left half written or half removed, and makes the folder to write into.
+
+    Args:
+        folder: of the stage's checkpoints; made where it is not there.
+        step: steps done.
+
+    Example: see `publish`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for torn in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
         shutil.rmtree(torn)
@@ -44,6 +56,15 @@ def publish(folder: Path, step: int, facts: dict[str, Any], keep: int) -> Path:
 
     Returns:
         The checkpoint's folder.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for step in (1, 2, 3):
+        ...     begin(folder, step)
+        ...     path = publish(folder, step, {"step": step}, keep=2)
+        >>> [path.name for path in list_checkpoints(folder)], read_facts(path)
+        (['step_00000002', 'step_00000003'], {'step': 3})
     """
     temporary, target = unfinished(folder, step), folder / f"step_{step:08d}"
     (temporary / _FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -78,6 +99,9 @@ def last_checkpoint(folder: Path) -> Path | None:
 def checkpoint_step(path: Path) -> int:
     """Steps done at a checkpoint.
 
+    Raises:
+        CheckpointError: the folder has another name.
+
     Example:
         >>> checkpoint_step(Path("checkpoints/dmd/step_00000120"))
         120
@@ -101,7 +125,11 @@ def read_facts(path: Path) -> dict[str, Any]:
         CheckpointError: its file is missing or broken.
     """
     file = path / _FACTS
+    fix = f"remove {path.name}, and the one before it is taken"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        facts = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; remove {path.name}, and the one before it is taken") from error
+        raise CheckpointError(f"{file} cannot be read: {error}; {fix}") from error
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{file} holds no mapping, but {type(facts).__name__}; {fix}")
+    return facts

@@ -50,7 +50,10 @@ def restore(path: Path, built: Built, roles: Iterable[str]) -> None:
     states: dict[str, dict[Tensor, dict[str, Tensor]]] = {}
     for role, optimizer in built.optimizers.items():
         part = f"{role}{OPTIMIZER}"
-        wanted[part], states[role] = optimizer_state(optimizer, built.modules[role], stored.get(part, {}))
+        if part not in stored:
+            message = f"{path} has no optimiser states of {role!r}, only {sorted(stored)}"
+            raise CheckpointError(f"{message}; remove {path.name}, and the one before it is taken")
+        wanted[part], states[role] = optimizer_state(optimizer, built.modules[role], stored[part])
     load_parts(stored, wanted)
     for role, found in states.items():
         built.optimizers[role].state.update(quantized_states(built.optimizers[role], found))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from sftk.errors import CheckpointError, did_you_mean
 from sftk.models.tensor_files import TORCH_DTYPES, Stored
 from sftk.models.weights import weights_metadata
 from sftk.runtime.build import Built
@@ -67,13 +68,24 @@ def optimizer_parts(built: Built) -> dict[str, Part]:
 def optimizer_state(
     optimizer: torch.optim.Optimizer, module: nn.Module, stored: Mapping[str, Stored]
 ) -> tuple[dict[str, Tensor], dict[Tensor, dict[str, Tensor]]]:
-    """Empty states of the stored kinds, sharded as the parameters are: by stored name, and as the optimiser holds them."""
+    """Empty states of the stored kinds, sharded as the parameters are: by stored name, and as the optimiser holds them.
+
+    Args:
+        stored: `<state>/<parameter>` to where it lies. A state of the parameter's shape is sharded as it is, another (a count
+            of steps) lies whole where the optimiser wants it.
+
+    Raises:
+        CheckpointError: a state of a parameter that the module lacks.
+    """
     parameters = module.state_dict(keep_vars=True)
     flags = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     named: dict[str, Tensor] = {}
     states: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
     for place, item in stored.items():
         key, _, name = place.partition("/")
+        if name not in parameters:
+            hint = did_you_mean(name, parameters) or "is it another model's?"
+            raise CheckpointError(f"{item.file} has an optimiser state {key!r} of {name!r}, which the model lacks; {hint}")
         parameter, dtype = parameters[name], TORCH_DTYPES[item.dtype]
         if item.shape == tuple(parameter.shape):
             value = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)

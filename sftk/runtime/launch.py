@@ -38,6 +38,16 @@ class Launch:
         node_rank: of this node; the one of rank 0 hosts the rendezvous. None: the node that the endpoint names does.
         endpoint: `host:port` where the nodes meet; needed for several.
         max_restarts: how often all processes are started again from the last checkpoint when one dies.
+
+    Raises:
+        DistributedError: the nodes have no place to meet, or a number makes no sense.
+
+    Example:
+        >>> Launch(nproc=8, nnodes=2, endpoint="gpu-1:29500").ranks
+        16
+        >>> Launch(nproc=8, nnodes=2, endpoint="gpu-1")
+        Traceback (most recent call last):
+        sftk.errors.DistributedError: --rdzv-endpoint 'gpu-1': expected HOST:PORT, such as gpu-1:29500
     """
 
     nproc: int
@@ -47,8 +57,16 @@ class Launch:
     max_restarts: int = 0
 
     def __attrs_post_init__(self) -> None:
+        if min(self.nproc, self.nnodes) < 1 or self.max_restarts < 0:
+            found = f"{self.nproc} processes on each of {self.nnodes} nodes, {self.max_restarts} restarts"
+            raise DistributedError(f"{found}: expected at least one process, one node and no less than 0 restarts")
         if self.nnodes > 1 and self.endpoint is None:
             raise DistributedError(f"{self.nnodes} nodes need a place to meet; add --rdzv-endpoint <host of one of them>:29500")
+        host, _, port = (self.endpoint or "").rpartition(":")
+        if self.endpoint is not None and not (host and port.isascii() and port.isdigit()):
+            raise DistributedError(
+                f"--rdzv-endpoint {self.endpoint!r}: expected HOST:PORT, such as {host or self.endpoint or 'localhost'}:29500"
+            )
         if self.node_rank is not None and not 0 <= self.node_rank < self.nnodes:
             raise DistributedError(f"--node-rank {self.node_rank} is not among {self.nnodes} nodes, counted from 0")
 
@@ -134,13 +152,15 @@ def launch(arguments: Sequence[str], options: Launch, run: RunDir) -> int:
         max_restarts=options.max_restarts,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
     )
-    signal.signal(signal.SIGUSR1, _pass_on)  # torchrun's agents would die of it and leave their processes alone
+    before = signal.signal(signal.SIGUSR1, _pass_on)  # torchrun's agents would die of it and leave their processes alone
     try:
         elastic_launch(config, sys.executable)("-m", "sftk", *arguments)
     except ChildFailedError as error:
         return _explain(error, run)
     except SignalException as stop:
         return exit_code(int(stop.sigval))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
     return 0
 
 

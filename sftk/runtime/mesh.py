@@ -136,7 +136,7 @@ class Mesh:
         return self._weights[shards]
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all ranks, as a new tensor; nothing is read back from the device."""
+        """The sum over all ranks, of any shape and dtype, on its device; nothing is read back, and `value` stays as it is."""
         if self.world == 1:
             return value
         value = value.detach().clone()

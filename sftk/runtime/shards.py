@@ -30,7 +30,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def rows(tensor: Tensor) -> slice | None:
-    """Which rows of the whole lie on this rank; None is all of them.
+    """Which rows (places along the first axis) of the whole lie on this rank; None is all of them, as of any plain tensor.
 
     Example:
         >>> import torch

@@ -17,7 +17,19 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def catch_signals() -> Iterator[list[str]]:
-    """Collects the names of `STOPPING` signals in a list instead of dying; the second SIGINT interrupts at once."""
+    """Collects the names of `STOPPING` signals in a list instead of dying; the second SIGINT interrupts at once.
+
+    Outside the main thread, where Python lets nobody handle signals, the list stays empty.
+
+    Raises:
+        KeyboardInterrupt: at a SIGINT after another signal.
+
+    Example:
+        >>> with catch_signals() as caught:
+        ...     signal.raise_signal(signal.SIGTERM)
+        ...     caught
+        ['SIGTERM']
+    """
     caught: list[str] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -40,6 +52,7 @@ def agreed(caught: Sequence[str]) -> str | None:
     """The signal that any rank has caught, the same on every rank; None where none has.
 
     A collective of the host's, which waits for the other hosts and not for devices: every rank calls it after the same step.
+    Where ranks caught different ones, the signal of the highest number counts.
 
     Example:
         >>> agreed([]), agreed(["SIGTERM"])

@@ -13,7 +13,7 @@ import attrs
 from sftk.errors import SftkError
 from sftk.runtime.interrupt import GO_ON_LATER
 
-_TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
 @attrs.frozen(kw_only=True)
@@ -31,6 +31,14 @@ class SlurmJob:
         launcher: `srun` starts every process; `torchrun` starts one agent on each node, which starts the node's processes.
         partition, account, qos: where it is queued; empty leaves them to the cluster.
         setup: shell lines that run first on the first node, such as `source venv/bin/activate`.
+
+    Raises:
+        SftkError: a time that Slurm does not know, a notice that is not shorter than it, a name with a blank, a number below 1.
+
+    Example:
+        >>> SlurmJob(name="dmd", time="30", notice=3600)
+        Traceback (most recent call last):
+        sftk.errors.SftkError: notice of 3600 s in a job of 1800 s: each job would save and be queued again at once; shorten it
     """
 
     name: str
@@ -47,10 +55,41 @@ class SlurmJob:
     setup: tuple[str, ...] = ()
 
     def __attrs_post_init__(self) -> None:
-        if not _TIME.fullmatch(self.time):
-            raise SftkError(f"time {self.time!r}: expected minutes, h:mm:ss or days-hours, such as 24:00:00")
-        if "\n" in self.name + self.partition + self.account + self.qos:
-            raise SftkError("names in a batch script stand on one line")
+        seconds = limit_seconds(self.time)
+        if 0 < seconds <= self.notice:
+            found = f"notice of {self.notice} s in a job of {seconds} s"
+            raise SftkError(f"{found}: each job would save and be queued again at once; shorten it")
+        for field in ("nodes", "gpus", "cpus"):
+            if getattr(self, field) < 1:
+                raise SftkError(f"{field} {getattr(self, field)} of a batch script: expected at least 1")
+        for field in ("name", "partition", "account", "qos"):
+            _one_word(field, getattr(self, field))
+
+
+def limit_seconds(time: str) -> int:
+    """Seconds of a time limit as Slurm writes it; 0 is none.
+
+    Raises:
+        SftkError: it is none.
+
+    Example:
+        >>> [limit_seconds(time) for time in ("90", "90:30", "24:00:00", "2-00", "1-12:30")]
+        [5400, 5430, 86400, 172800, 131400]
+    """
+    found = _TIME.fullmatch(time)
+    if found is None:
+        raise SftkError(f"time {time!r}: expected minutes, h:mm:ss or days-hours, such as 24:00:00")
+    days, *rest = (int(part or 0) for part in found.groups())
+    if found[1] is None and found[4] is None:  # minutes and seconds; with days or three parts it begins with hours
+        rest = [0, *rest[:2]]
+    hours, minutes, seconds = rest
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _one_word(place: str, text: str) -> None:
+    """Slurm ends a value at a blank."""
+    if re.search(r"\s", text):
+        raise SftkError(f"{place} {text!r} has a blank, at which Slurm ends a value in a batch script; take another")
 
 
 def batch_script(recipe: str, overrides: Sequence[str], run_dir: Path, job: SlurmJob) -> str:
@@ -62,11 +101,15 @@ def batch_script(recipe: str, overrides: Sequence[str], run_dir: Path, job: Slur
         run_dir: the run's folder, which all nodes see.
         job: what it asks for.
 
+    Raises:
+        SftkError: the run's folder has a blank in its name, which Slurm does not take for a log.
+
     Example:
         >>> script = batch_script("dmd.yaml", ["seed=1"], Path("runs/a"), SlurmJob(name="dmd", nodes=2))
         >>> script.splitlines()[0], "--nodes=2" in script, "run dmd.yaml seed=1 --run-dir runs/a --resume" in script
         ('#!/bin/bash', True, True)
     """
+    _one_word("run_dir", str(run_dir))
     asked = {
         "job-name": job.name,
         "nodes": job.nodes,

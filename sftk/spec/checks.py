@@ -158,13 +158,7 @@ class Checks:
                 message = f"{stage!r} has no model {source!r}"
                 self._say(("models", role, "weights"), message, did_you_mean(source, known))
             return
-        if download_of(weights, self.recipe.fetch) is not None:
-            return
-        try:
-            find_file(weights, self.path)
-        except SpecError as error:
-            for problem in error.problems:
-                self._say(("models", role, "weights"), problem.message, problem.hint)
+        self._files(("models", role), [(("weights",), weights)])
 
     def _optimizers(self) -> None:
         updated = {role for phase in self.recipe.phases for role in phase.roles}

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sftk.errors import CheckpointError
+from sftk.models.tensor_files import Stored
 from sftk.runtime import checkpoint_saver
 from sftk.runtime.build import Built
 from sftk.runtime.checkpoint import begin, checkpoint_files, checkpoint_step, last_checkpoint, list_checkpoints, read_facts
 from sftk.runtime.checkpoint_restore import restore
 from sftk.runtime.checkpoint_saver import Saver, Staging
-from sftk.runtime.checkpoint_state import Part, optimizer_parts, shares, weight_parts
+from sftk.runtime.checkpoint_state import Part, optimizer_parts, optimizer_state, shares, weight_parts
 from sftk.runtime.checkpoint_storage import SHARES, PartsWriter
 from sftk.runtime.mesh import Mesh
 
@@ -225,6 +226,8 @@ def test_what_is_broken_is_named(tmp_path):
         load(path, critic=linear())
     with pytest.raises(CheckpointError, match=r"shape of weight: the file has \[1, 2\], the model \[1, 3\]"):
         load(path, generator=nn.Linear(3, 1))
+    with pytest.raises(CheckpointError, match=r"has no optimiser states of 'generator', only \['generator'\]"):
+        restore(path, built({"generator": linear()}, {"generator": torch.optim.SGD(linear().parameters())}), ["generator"])
     with pytest.raises(CheckpointError, match=r"missing: 1.bias \[1\]"):
         load(path, generator=nn.Sequential(nn.Linear(2, 1), nn.Linear(2, 1)))
     file = path / "generator.safetensors"
@@ -233,6 +236,9 @@ def test_what_is_broken_is_named(tmp_path):
         load(path, generator=linear())
     (path / "checkpoint.json").write_text("{half")
     with pytest.raises(CheckpointError, match=r"checkpoint.json cannot be read"):
+        read_facts(path)
+    (path / "checkpoint.json").write_text("[3]")
+    with pytest.raises(CheckpointError, match="holds no mapping, but list; remove step_00000003, and the one before"):
         read_facts(path)
     with pytest.raises(CheckpointError, match="expected a name such as step_00000120"):
         checkpoint_step(tmp_path / "last")
@@ -251,6 +257,13 @@ def test_nothing_pickled(tmp_path):
     path = save(tmp_path, 3)
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
     json.loads((path / "checkpoint.json").read_text())
+
+
+def test_states_of_a_parameter_that_is_not_there(tmp_path):
+    item = Stored(file=tmp_path / "a.optimizer.safetensors", name="exp_avg/weight_", dtype="F32", shape=(1, 2), bytes=8)
+    model = linear()
+    with pytest.raises(CheckpointError, match=r"an optimiser state 'exp_avg' of 'weight_', .*; did you mean 'weight'"):
+        optimizer_state(torch.optim.AdamW(model.parameters()), model, {"exp_avg/weight_": item})
 
 
 def test_begin_makes_an_empty_folder(tmp_path):

@@ -85,6 +85,7 @@ def test_a_process_that_is_killed(tiny, command, tmp_path, restarts):
         (("--nproc", "two"), "--nproc 'two': expected a number of processes, or auto"),
         (("--nproc", "2", "--nnodes", "2"), "2 nodes need a place to meet; add --rdzv-endpoint"),
         (("--nproc", "2", "--nnodes", "2", "--rdzv-endpoint", "a:1"), "name it with --run-dir"),
+        (("--nproc", "2", "--nnodes", "2", "--rdzv-endpoint", "a:b"), "'a:b': expected HOST:PORT, such as a:29500"),
         (("--max-restarts", "1"), "need --nproc"),
         (("--nproc", "2", "--jobs", "2"), "--jobs is for studies"),
     ],
@@ -102,3 +103,5 @@ def test_places():
     with pytest.raises(DistributedError, match="--node-rank 2 is not among 2 nodes"):
         Launch(nproc=1, nnodes=2, node_rank=2, endpoint="a:1")
     assert processes("12") == 12
+    with pytest.raises(DistributedError, match="0 processes on each of 1 nodes, 0 restarts: expected at least one process"):
+        Launch(nproc=0)

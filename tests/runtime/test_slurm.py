@@ -117,3 +117,14 @@ def test_command(tmp_path, monkeypatch):
 def test_senseless_times():
     with pytest.raises(SftkError, match=r"time 'a day': expected minutes"):
         SlurmJob(name="a", time="a day")
+    with pytest.raises(SftkError, match=r"notice of 300 s in a job of 300 s"):
+        SlurmJob(name="a", time="5")
+
+
+def test_what_slurm_would_read_otherwise():
+    with pytest.raises(SftkError, match=r"partition 'a b' has a blank"):
+        SlurmJob(name="a", partition="a b")
+    with pytest.raises(SftkError, match="gpus 0 of a batch script: expected at least 1"):
+        SlurmJob(name="a", gpus=0)
+    with pytest.raises(SftkError, match=r"run_dir 'my runs/a' has a blank"):
+        batch_script("a.yaml", [], Path("my runs/a"), SlurmJob(name="a"))
