@@ -11,7 +11,7 @@ from typing import Any
 
 from sftk.errors import CheckpointError
 from sftk.models.shard_files import shard_stem
-from sftk.runtime.checkpoint_storage import sync
+from sftk.runtime.checkpoint_storage import sync, writing
 
 _NAME = re.compile(r"step_(\d{8})")
 _FACTS = "checkpoint.json"
@@ -31,6 +31,7 @@ def unfinished(folder: Path, step: int) -> Path:
 
 
 def begin(folder: Path, step: int) -> None:
+<<<<<<< HEAD
     """Clears away what a killed run left half written or half removed, and makes the folder to write into.
 
     Args:
@@ -40,9 +41,15 @@ def begin(folder: Path, step: int) -> None:
     Example: see `publish`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+=======
+    """Clears away what a killed run left half written or half removed, and makes the folder to write into."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+>>>>>>> 83398da (A checkpoint that cannot be written names the file, the room that is left and the fix; tests on a full disk and under a limit)
     for torn in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
         shutil.rmtree(torn)
-    unfinished(folder, step).mkdir()
+    with writing(unfinished(folder, step)):
+        unfinished(folder, step).mkdir()
 
 
 def publish(folder: Path, step: int, facts: dict[str, Any], keep: int) -> Path:
@@ -67,9 +74,10 @@ def publish(folder: Path, step: int, facts: dict[str, Any], keep: int) -> Path:
         (['step_00000002', 'step_00000003'], {'step': 3})
     """
     temporary, target = unfinished(folder, step), folder / f"step_{step:08d}"
-    (temporary / _FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    for path in (temporary / _FACTS, temporary):
-        sync(path)
+    with writing(temporary / _FACTS):
+        (temporary / _FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        for path in (temporary / _FACTS, temporary):
+            sync(path)
     if target.exists():
         _remove(target)
     os.replace(temporary, target)

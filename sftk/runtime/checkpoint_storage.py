@@ -8,9 +8,11 @@ hold a role's weights under their own names; a folder that appears as a whole, s
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from sftk.errors import CheckpointError
 from sftk.models.shard_files import pieces_metadata, shard_name
 from sftk.models.tensor_files import TORCH_DTYPES, Piece, Stored, not_whole
 
@@ -134,7 +137,8 @@ class PartsWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Writes this rank's file of each part, and waits until they are on the disk."""
         rank, ranks = plan.storage_data
-        self._folder.mkdir(exist_ok=True)
+        with writing(self._folder):
+            self._folder.mkdir(exist_ok=True)
         items: dict[str, list[WriteItem]] = {part: [] for part in self._parts}
         for item in plan.items:
             items[item.index.fqn.partition("/")[0]].append(item)
@@ -158,8 +162,9 @@ class PartsWriter(StorageWriter):
             places[name] = (item.tensor_data.chunk.offsets, item.tensor_data.size)
         file = self._folder / shard_name(part, rank, ranks)
         about = {"format": "pt", **self._parts[part]}  # safetensors writes a broken header when there is nothing to say
-        save_file(tensors, file, metadata=about | (pieces_metadata(places) if ranks > 1 else {}))
-        sync(file)
+        with writing(file, sum(tensor.nbytes for tensor in tensors.values())):
+            save_file(tensors, file, metadata=about | (pieces_metadata(places) if ranks > 1 else {}))
+            sync(file)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Shows the folder. Runs on the first rank, when all have written."""
@@ -238,6 +243,35 @@ class PartsReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Any path will do."""
         return True
+
+
+@contextmanager
+def writing(path: Path, size: int = 0) -> Iterator[None]:
+    """Says of a file that cannot be written which it is, what happened and what to do.
+
+    Args:
+        path: of the file or folder. size: its bytes.
+
+    Raises:
+        CheckpointError: where an `OSError`, or safetensors' own error, was raised inside.
+
+    Example:
+        >>> with writing(Path("step/critic.safetensors"), 2**30):
+        ...     raise OSError(28, "No space left on device")
+        Traceback (most recent call last):
+        ...
+        sftk.errors.CheckpointError: critic.safetensors (1.00 GiB): [Errno 28] No space left on device; make room, ... --resume
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        about = f"{path.name} ({size / 2**30:.2f} GiB)" if size else path.name
+        advice = "see that the folder may be written to, and files of this size (rights, quota, ulimit -f)"
+        if "No space left" in str(error):
+            advice = "make room, or keep fewer checkpoints (checkpoint.keep)"
+            if path.parent.is_dir():
+                advice = f"{shutil.disk_usage(path.parent).free / 2**30:.2f} GiB are left there; {advice}"
+        raise CheckpointError(f"{about}: {error}; {advice}, then go on with --resume") from error
 
 
 def sync(path: Path) -> None:

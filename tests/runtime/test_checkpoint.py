@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -164,7 +166,7 @@ def test_what_was_not_renamed_is_not_there(tmp_path):
 def test_a_failed_write_leaves_the_older_one(tmp_path, part, monkeypatch):
     older = save(tmp_path, 3, value=3.0)
     monkeypatch.setattr(f"sftk.runtime.checkpoint_storage.{part}", fail)
-    with pytest.raises(CheckpointError, match=r"step_00000004 could not be written: disk full$"):
+    with pytest.raises(CheckpointError, match=r"step_00000004 could not be written: .*disk full; .*--resume"):
         save(tmp_path, 4)
     assert list_checkpoints(tmp_path) == [older]
     monkeypatch.undo()
@@ -269,3 +271,45 @@ def test_states_of_a_parameter_that_is_not_there(tmp_path):
 def test_begin_makes_an_empty_folder(tmp_path):
     begin(tmp_path / "dmd", 7)
     assert [path.name for path in (tmp_path / "dmd").iterdir()] == [".writing-00000007"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip("mounting a file system needs more rights")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_full_disk_is_said_with_file_and_room(small_disk, background):
+    older = save(small_disk, 3)
+    large = nn.Linear(1024, 512)
+    saver = Saver(small_disk, 2, background)
+    saver.save(4, weight_parts({"critic": large}, 4), {})
+    text = r"step_00000004 could not be written: critic\.safetensors \(0\.00 GiB\): .*No space left on device.*"
+    with pytest.raises(CheckpointError, match=text + r"0\.00 GiB are left there; make room, .*checkpoint\.keep.*--resume"):
+        saver.wait()
+    assert list_checkpoints(small_disk) == [older]
+    saver.save(5, weight_parts({"generator": linear()}, 5), {})  # room was made
+    saver.wait()
+    assert [checkpoint_step(path) for path in list_checkpoints(small_disk)] == [3, 5]
+
+
+def test_a_limit_on_file_sizes_is_said(tmp_path):
+    """In a process of its own, whose files may have 4 KiB."""
+    code = (
+        "import resource, signal, sys; from torch import nn; from pathlib import Path\n"
+        "from sftk.runtime.checkpoint_saver import Saver; from sftk.runtime.checkpoint_state import weight_parts\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "saver = Saver(Path(sys.argv[1]), 2); saver.save(1, weight_parts({'critic': nn.Linear(64, 64)}, 1), {}); saver.wait()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert "step_00000001 could not be written: critic.safetensors (0.00 GiB): " in last
+    assert "File too large" in last
+    assert "ulimit -f" in last
