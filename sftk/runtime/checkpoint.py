@@ -31,7 +31,6 @@ def unfinished(folder: Path, step: int) -> Path:
 
 
 def begin(folder: Path, step: int) -> None:
-<<<<<<< HEAD
     """Clears away what a killed run left half written or half removed, and makes the folder to write into.
 
     Args:
@@ -40,12 +39,8 @@ def begin(folder: Path, step: int) -> None:
 
     Example: see `publish`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-=======
-    """Clears away what a killed run left half written or half removed, and makes the folder to write into."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
->>>>>>> 83398da (A checkpoint that cannot be written names the file, the room that is left and the fix; tests on a full disk and under a limit)
     for torn in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
         shutil.rmtree(torn)
     with writing(unfinished(folder, step)):
