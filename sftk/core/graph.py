@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import TensorDict
 
 from sftk.core import draw, registry
 from sftk.core.check import check_graph
@@ -15,6 +14,9 @@ from sftk.core.fold import Fold
 from sftk.core.state import from_state, to_state
 from sftk.core.transform import Kind, Node, Transform
 from sftk.errors import ShapeError, SpecError, did_you_mean
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
 
 
 class Graph(Transform):

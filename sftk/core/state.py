@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tensordict import NonTensorData, TensorDict, is_tensor_collection
 from torch.utils import _pytree as pytree
 
 KEYS: dict[str, str] = {
@@ -61,19 +61,28 @@ KEYS: dict[str, str] = {
 """What the keys of a State hold: axes, units and meaning."""
 
 
+def _is_tensordict(value: Any) -> bool:
+    """Without an import, which takes as long as torch's own: where tensordict was not imported, nobody made one."""
+    tensordict = sys.modules.get("tensordict")
+    return tensordict is not None and tensordict.is_tensor_collection(value)
+
+
 def to_state(values: Mapping[str, Any], like: Any = None) -> Any:
     """Values as a State: a TensorDict when `like` is one (host values become `NonTensorData`), else a plain dict.
 
     Example:
+        >>> from tensordict import TensorDict
         >>> state = to_state({"x": torch.zeros(2, 3), "steps": (1000, 750)}, like=TensorDict())
         >>> state["x"].shape, state["steps"]
         (torch.Size([2, 3]), (1000, 750))
     """
-    if not is_tensor_collection(like):
+    if not _is_tensordict(like):
         return dict(values)
+    from tensordict import TensorDict
+
     state = TensorDict()
     for key, value in values.items():
-        if isinstance(value, torch.Tensor) or is_tensor_collection(value):
+        if isinstance(value, torch.Tensor) or _is_tensordict(value):
             state[key] = value
         else:
             state.set_non_tensor(key, value)
@@ -96,11 +105,14 @@ def from_state(state: Any) -> dict[str, Any]:
     """The entries of a State as a plain dict, host values unwrapped. Tensors are shared, not copied.
 
     Example:
+        >>> from tensordict import TensorDict
         >>> from_state(to_state({"steps": (1, 2)}, like=TensorDict()))
         {'steps': (1, 2)}
     """
-    if not is_tensor_collection(state):
+    if not _is_tensordict(state):
         return dict(state)
+    from tensordict import NonTensorData
+
     found = {}
     for key in state.keys():  # noqa: SIM118 - a TensorDict iterates over its batch, not its keys
         value = state.get(key)

@@ -49,7 +49,7 @@ def test_a_check_imports_nothing_that_trains_or_shows():
     by_name = "from sftk.core import Graph, lookup; lookup('dmd_gradient'); Graph.from_spec('specs/scores.yaml')"
     found = _imported("check", "recipes/dmd.yaml", first=by_name)
     assert "torch" in found
-    assert not found & {"diffusers", "transformers", "matplotlib", "av", "tensorboard", "torchao"}
+    assert not found & {"diffusers", "transformers", "matplotlib", "av", "tensorboard", "torchao", "tensordict"}
 
 
 def test_what_options_repeat():

@@ -188,7 +188,7 @@ def quiet(test):
 @quiet
 def test_compiled_model_equals_eager(make_model, inputs):
     torch._dynamo.reset()
-    model = make_model()
+    model = make_model(num_layers=1)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     layout = Layout(kind="block_causal", blocks=(1, 2))
     close(compiled(*inputs, layout=layout)[0], model(*inputs, layout=layout)[0])

@@ -60,8 +60,10 @@ def test_the_objectives_that_differentiate_scores_too():
 
 
 def generator_pass(frames, *overrides):
-    (stage,) = load_recipe("recipes/dmd.yaml", [f"latents.frames={frames}", "batch.global=4", *overrides])
-    (found,) = (phase for phase in pass_stage(stage).phases if phase.name == "generator")
+    steps = [f"phases.{phase}.with.steps=[1000, 500]" for phase in ("generator", "critic")]
+    (stage,) = load_recipe("recipes/dmd.yaml", [f"latents.frames={frames}", "batch.global=4", *steps, *overrides])
+    (found,) = pass_stage(stage, turns=stage.turns[:1]).phases
+    assert found.name == "generator"
     return found
 
 
