@@ -36,8 +36,8 @@ def selectively_checkpointed(block: Callable[..., Any], *args: Any, **kwargs: An
     That is what attention returned, log-sum-exps among it, and what linear layers returned that narrow (the second one of a
     feed-forward layer).
 
-    Source: selective activation recomputation, arXiv 2205.05198, section 5, the other way round: over a video's tokens attention
-    costs more than all else, and its fused kernels hold no matrix of scores.
+    Source: selective activation recomputation, arXiv 2205.05198, section 5, the other way round: over a video's tokens
+    attention costs more than all else, and its fused kernels hold no matrix of scores.
 
     Example:
         >>> selectively_checkpointed(torch.sin, torch.zeros(1, requires_grad=True)).requires_grad
