@@ -85,6 +85,7 @@ class MeasuredBlock(nn.Module):
         outer = self.active.trace
         outer.paused = True
         self.active.trace = trace = Trace()
+        trace.ignore(self.block)
         try:
             return self._run(leaves, structure, grad, trace)
         finally:

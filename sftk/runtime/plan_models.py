@@ -79,6 +79,9 @@ class MetaStage:
     def traced(self) -> Iterator[Trace]:
         """A new trace, which counts what runs inside."""
         self.active.trace = trace = Trace()
+        for role, section in self.stage.recipe.models.items():
+            if not section.ready_made:
+                trace.ignore(self.models[role])
         with trace, self.half or nullcontext():
             yield trace
 

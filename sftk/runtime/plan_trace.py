@@ -144,6 +144,11 @@ class Trace(TorchDispatchMode):
         self.spike(0)
         return True
 
+    def ignore(self, module: nn.Module) -> None:
+        """Leaves a module's weights out, whose views would else be taken for new tensors."""
+        for parameter in module.parameters():
+            self.seen[parameter.untyped_storage()._cdata] = None
+
     def spike(self, size: int) -> None:
         """Notes that `size` more bytes were alive for a moment."""
         self.peaks[self.gradient_bytes] = max(self.peaks.get(self.gradient_bytes, 0), self.live + size)
