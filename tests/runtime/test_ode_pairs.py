@@ -138,7 +138,7 @@ def test_given_frames_stay_clean(recipe, tmp_path):
 def processes():
     """`processes(recipe)`: starts the work in a process of its own, forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sftk.runtime.prepare"])
+    context.set_forkserver_preload(["sftk.runtime.prepare", "sftk.objectives", "torch._dynamo"])
 
     def start(recipe, *overrides):
         process = context.Process(target=prepare_recipe, args=(str(recipe), overrides))
