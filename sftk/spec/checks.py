@@ -158,7 +158,7 @@ class Checks:
                 message = f"{stage!r} has no model {source!r}"
                 self._say(("models", role, "weights"), message, did_you_mean(source, known))
             return
-        self._files(("models", role), [(("weights",), weights)])
+        self._files(("models", role), iter([(("weights",), weights)]))
 
     def _optimizers(self) -> None:
         updated = {role for phase in self.recipe.phases for role in phase.roles}

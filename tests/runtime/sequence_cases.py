@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forked import run_ranks
 from torch import Tensor, nn
 
 from sftk.core import Graph, Tape, replayed
@@ -250,21 +249,9 @@ def run_rank(rank: int, device: str, folder: Path, degrees: list[int], names: li
 
 
 def launch(folder: Path, degrees: Sequence[int], names: Sequence[str], device: str = "cpu") -> None:
-    """`run_rank` in as many processes as the largest degree; each leaves what it says in a file."""
+    """`run_rank` in as many processes as the largest degree."""
     what = [device, str(folder), ",".join(map(str, degrees)), ",".join(names)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    said = [(folder / f"{rank}.txt").open("w+") for rank in range(max(degrees))]
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), *what], env=env, stderr=file) for rank, file in enumerate(said)
-    ]
-    try:
-        codes = [rank.wait(timeout=1000) for rank in ranks]
-    finally:
-        for rank, file in zip(ranks, said, strict=True):
-            rank.kill()
-            rank.wait()
-            file.close()
-    assert codes == [0] * len(ranks), "\n".join((folder / f"{rank}.txt").read_text() for rank in range(len(ranks)))
+    run_ranks(Path(__file__), [[str(rank), *what] for rank in range(max(degrees))], folder, timeout=1000)
 
 
 def assert_equal(together: Results, alone: Results, tolerance: float = 1e-9) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import checkpoint_rank as job
+from forked import run_ranks
 
 from sftk.errors import CheckpointError
 from sftk.models.formats import open_weights
@@ -24,22 +23,7 @@ from sftk.runtime.checkpoint_restore import restore
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     found = tmp_path_factory.mktemp("ranks")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, job.__file__, str(rank), str(found)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(4)
-    ]
-    try:
-        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert [rank.returncode for rank in ranks] == [0] * 4, "\n".join(errors)
+    run_ranks(Path(job.__file__), [[str(rank), str(found)] for rank in range(4)], found)
     return found
 
 

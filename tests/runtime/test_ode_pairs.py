@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 import random
 import signal
+import sys
 import time
+from pathlib import Path
 
 import lmdb
 import pytest
@@ -14,6 +15,10 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from forked import forks
 
 from sftk.core.graph import Graph
 from sftk.data.digits import DigitClips, embed_prompts
@@ -137,11 +142,9 @@ def test_given_frames_stay_clean(recipe, tmp_path):
 @pytest.fixture(scope="module")
 def processes():
     """`processes(recipe)`: starts the work in a process of its own, forked from one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sftk.runtime.prepare", "sftk.objectives", "torch._dynamo"])
 
     def start(recipe, *overrides):
-        process = context.Process(target=prepare_recipe, args=(str(recipe), overrides))
+        process = forks().Process(target=prepare_recipe, args=(str(recipe), overrides))
         process.start()
         return process
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from forked import run_ranks
 
 JOB = Path(__file__).with_name("rank_job.py")
 BATCH = ("batch.global=8", "batch.per_rank=1", "phases.0.every=1")
@@ -57,20 +59,8 @@ def launch(tmp_path_factory):
             spec.loader.exec_module(module)
             module.run_jobs(folder / "jobs.json")
             return folder
-        line = [sys.executable, str(JOB), str(folder / "jobs.json")]
         meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": str(world)}
-        env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)} | meet
-        ranks = [
-            subprocess.Popen(line, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True)
-            for r in range(world)
-        ]
-        try:
-            errors = [rank.communicate(timeout=600)[1] for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-        assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(errors)
+        run_ranks(JOB, [[str(folder / "jobs.json")]] * world, folder, meet | {"WORLD_SIZE": str(world)})
         return folder
 
     return run
