@@ -1,4 +1,4 @@
-"""Scripts as ranks: processes of their own, forked from one that has imported torch, so that they need not."""
+"""Programs as ranks: processes of their own, forked from one that has imported torch, so that they need not."""
 
 from __future__ import annotations
 
@@ -20,41 +20,57 @@ def forks() -> Any:
     return context
 
 
-def run_ranks(
-    script: Path, arguments: Sequence[Sequence[str]], said: Path, env: Mapping[str, str] | None = None, timeout: float = 600
-) -> None:
-    """Runs a script in as many processes as there are lists of arguments; all must end well.
+def start_rank(
+    rank: int,
+    program: Path | str,
+    arguments: Sequence[str],
+    said: Path,
+    env: Mapping[str, str] | None = None,
+    cwd: str | Path = ".",
+) -> Any:
+    """Starts `python program arguments`, or `python -m program arguments` where a module is named.
 
     Args:
-        script: run as `python script arguments`.
-        arguments: of each rank.
-        said: folder for what each writes to stderr.
-        env: further variables; RANK and LOCAL_RANK are added.
+        rank: for RANK and LOCAL_RANK.
+        program: a file, or a module's name.
+        said: file for what it writes to stderr.
+        env: further variables.
     """
-    files = [said / f"stderr.{rank}.txt" for rank in range(len(arguments))]
+    process = forks().Process(target=_run, args=(rank, program, list(arguments), said, dict(env or {}), Path(cwd).resolve()))
+    process.start()
+    return process
+
+
+def run_ranks(
+    script: Path, arguments: Sequence[Sequence[str]], folder: Path, env: Mapping[str, str] | None = None, timeout: float = 600
+) -> None:
+    """Runs a script in as many processes as there are lists of arguments; all must end well. They write errors in `folder`."""
+    files = [folder / f"stderr.{rank}.txt" for rank in range(len(arguments))]
     ranks = [
-        forks().Process(target=_run, args=(str(script), list(given), dict(env or {}), rank, str(file)))
-        for rank, (given, file) in enumerate(zip(arguments, files, strict=True))
+        start_rank(rank, script, given, file, env) for rank, (given, file) in enumerate(zip(arguments, files, strict=True))
     ]
     try:
-        for rank in ranks:
-            rank.start()
         for rank in ranks:
             rank.join(timeout)
     finally:
         for rank in ranks:
-            if rank.is_alive():
-                rank.kill()
+            rank.kill()
             rank.join()
     assert [rank.exitcode for rank in ranks] == [0] * len(ranks), "\n".join(file.read_text() for file in files)
 
 
-def _run(script: str, arguments: list[str], env: dict[str, str], rank: int, said: str) -> None:
-    with open(said, "w") as file:
-        os.dup2(file.fileno(), 2)
+def _run(rank: int, program: Path | str, arguments: list[str], said: Path, env: dict[str, str], cwd: Path) -> None:
+    for number, name in ((1, os.devnull), (2, said)):
+        with open(name, "w") as file:
+            os.dup2(file.fileno(), number)
     os.environ.update(env | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)})
+    os.chdir(cwd)
     import torch
 
     torch.set_num_threads(1)
-    sys.argv, sys.path[:0] = [script, *arguments], [str(Path(script).parent)]
-    runpy.run_path(script, run_name="__main__")
+    sys.argv = [str(program), *arguments]
+    if isinstance(program, Path):
+        sys.path.insert(0, str(program.parent))
+        runpy.run_path(str(program), run_name="__main__")
+    else:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)

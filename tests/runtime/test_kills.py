@@ -6,13 +6,16 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from forked import start_rank
 
 from sftk.runtime.checkpoint import checkpoint_files, last_checkpoint, list_checkpoints, read_facts
 from sftk.runtime.interrupt import GO_ON_LATER
@@ -42,14 +45,9 @@ class Ranks:
             found.bind(("127.0.0.1", 0))
             port = str(found.getsockname()[1])
         self.folder, self.cwd = folder, cwd
-        env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        line = [sys.executable, "-m", "sftk", "run", str(recipe), *overrides, "--run-dir", str(folder), "--resume"]
-        self.processes = []
-        for rank in range(world):
-            ours = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with self.said(rank).open("w") as said:
-                self.processes.append(subprocess.Popen(line, cwd=cwd, env=ours, stdout=subprocess.DEVNULL, stderr=said))
+        env = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        line = ["run", str(recipe), *overrides, "--run-dir", str(folder), "--resume"]
+        self.processes = [start_rank(rank, "sftk", line, self.said(rank), env, cwd) for rank in range(world)]
 
     def said(self, rank: int) -> Path:
         return self.cwd / f"{self.folder.name}.{rank}.txt"
@@ -64,10 +62,12 @@ class Ranks:
         for process in self.processes:
             process.kill()
         for process in self.processes:
-            process.wait()
+            process.join()
 
     def end(self, code=0):
-        codes = [process.wait(timeout=300) for process in self.processes]
+        for process in self.processes:
+            process.join(300)
+        codes = [process.exitcode for process in self.processes]
         errors = self.errors()
         assert codes == [code] * len(codes), errors
         return errors
@@ -79,7 +79,7 @@ class Ranks:
         deadline = time.monotonic() + 120
         while not reached():
             for process in self.processes:
-                assert process.poll() is None, self.errors()
+                assert process.exitcode is None, self.errors()
             assert time.monotonic() < deadline
             time.sleep(0.002)
 
@@ -167,7 +167,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(recipe, tmp_path):
     with Ranks(2, tmp_path / "run", recipe, "train.steps=400", "checkpoint.every=1000", *OPTIONS[1:], cwd=tmp_path) as ranks:
         metrics = tmp_path / "run" / "metrics.jsonl"
         ranks.until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 2)
-        ranks.processes[1].send_signal(signal.SIGUSR1)
+        os.kill(ranks.processes[1].pid, signal.SIGUSR1)
         error, _ = ranks.end(GO_ON_LATER)
     (saved,) = list_checkpoints(ranks.checkpoints)
     assert f"stopped by SIGUSR1 after step {read_facts(saved)['step']}; saved {saved}; go on with --resume" in error
