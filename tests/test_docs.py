@@ -23,6 +23,7 @@ from sftk.spec import composed, schema
 from sftk.spec.compat import COMPAT
 from sftk.spec.files import find_file
 from sftk.spec.graphs import FoldSpec, GraphSpec, NodeSpec
+from sftk.spec.lowp import LowpSection, ModelLowp
 from sftk.spec.optimizer import OptimizerGroup
 from sftk.spec.parallel import ModelParallel, ParallelSection
 from sftk.spec.params import spec_params
@@ -40,8 +41,10 @@ SECTIONS: dict[str, Any] = {
     "data.with.teacher": PairTeacher,
     "data.with.solver": PairSolver,
     "models": schema.ModelSection,
+    "models.lowp": ModelLowp,
     "models.parallel": ModelParallel,
     "optimizers.groups": OptimizerGroup,
+    "lowp": LowpSection,
     "parallel": ParallelSection,
     "size": WanConfig,
     "branch": BranchConfig,

@@ -223,7 +223,7 @@ def _what_counts(recipe: Recipe) -> str:
     """What decides how much a recipe computes, as text: variants that differ elsewhere are counted once."""
     models = {role: model if model.ready_made else attrs.evolve(model, backend="auto") for role, model in recipe.models.items()}
     parts = (recipe.latents, models, recipe.phases, recipe.batch, recipe.precision, recipe.compat, recipe.eval, recipe.data)
-    parts = (*parts, recipe.share_rollout)
+    parts = (*parts, recipe.share_rollout, recipe.lowp.kv_cache)
     return repr(parts)
 
 

@@ -23,6 +23,7 @@ from sftk.runtime.attention_choice import use_choice
 from sftk.runtime.device import set_precision
 from sftk.runtime.ema import Ema
 from sftk.runtime.gradients import GradientSync
+from sftk.runtime.lowp import check_fp8, use_fp8
 from sftk.runtime.mesh import Mesh
 from sftk.runtime.optim import make_optimizer
 from sftk.runtime.parallelize import Sharding, limit_recompiles, parallelize
@@ -95,8 +96,10 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder, mesh:
 
     Raises:
         CheckpointError: weights do not fit.
+        SpecError: the device does not do what `lowp` asks for.
     """
     recipe, mesh = stage.recipe, mesh or Mesh.single(device)
+    check_fp8(recipe, device)
     compiled = compiles(recipe, device)
     updated = {role for phase in recipe.phases for role in phase.roles}
     modules: dict[str, nn.Module] = {}
@@ -159,6 +162,7 @@ def _build(stage: Stage, role: str, weights: Path | None, mesh: Mesh, device: to
 
     def wrap(module: nn.Module) -> nn.Module:
         module = _share(module.to("cpu") if offload and not _on_meta(module) else module, mesh)
+        module = _lowp(recipe, role, module, hold=sharding is None)
         checkpoint = recipe.models[role].checkpoint
         return parallelize(module, checkpoint=checkpoint, compile_blocks=compiled, sharding=sharding)
 
@@ -179,6 +183,7 @@ def _copy(stage: Stage, role: str, source: nn.Module, mesh: Mesh) -> nn.Module:
     parameter = next(source.parameters())
     with torch.device("meta"):
         module = _share(construct(recipe, role).to(parameter.dtype), mesh)
+    module = _lowp(recipe, role, module, hold=sharding is None)
     if sharding is not None:  # it changes after every step, and what stayed gathered would not
         sharding = attrs.evolve(sharding, reshard=True)
     module = parallelize(module, sharding=sharding).to_empty(device=parameter.device)
@@ -204,6 +209,13 @@ def _share(module: nn.Module, mesh: Mesh) -> nn.Module:
     """The module, which computes its part of each sample where several ranks share one."""
     group = mesh.sequence_group
     return module if group is None else share_sequence(module, SequenceGroup.of(group))
+
+
+def _lowp(recipe: Recipe, role: str, module: nn.Module, *, hold: bool) -> nn.Module:
+    """The module, which computes in fp8 where its role is to."""
+    section = recipe.models[role]
+    fp8 = section.size is not None and section.lowp.over(recipe.lowp) == "fp8"
+    return use_fp8(module, hold=hold) if fp8 else module
 
 
 def _on_meta(module: nn.Module) -> bool:

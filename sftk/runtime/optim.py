@@ -36,10 +36,18 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], section: OptimizerSec
     """
     groups = parameter_groups(parameters, section)
     if section.use == "adamw_8bit":
-        return make_adamw_8bit(groups, section)
-    return torch.optim.AdamW(
-        groups, lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay, fused=True
-    )
+        made = make_adamw_8bit(groups, section)
+    else:
+        made = torch.optim.AdamW(
+            groups, lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay, fused=True
+        )
+    made.register_step_post_hook(_count_changes)
+    return made
+
+
+def _count_changes(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Counts a change of the weights, which PyTorch's fused kernel does not: what is kept of them is made anew by that."""
+    torch.autograd.graph.increment_version([local(p) for group in optimizer.param_groups for p in group["params"]])
 
 
 def parameter_groups(parameters: Mapping[str, nn.Parameter], section: OptimizerSection) -> list[dict[str, Any]]:

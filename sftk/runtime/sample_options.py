@@ -94,6 +94,7 @@ def role_sampling(document: Document, recipe: Recipe, role: str) -> AnySampling:
     bound: dict[str, Any] = {}
     for phase in recipe.phases:
         declared = spec_params(find_file(phase.graph)) if phase.graph is not None else {}
+        declared |= recipe.lowp.defaults
         bound |= {name: phase.with_.get(name, declared[name]) for name in declared if name in known}
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in bound.items() if not _is_reference(v)}
     return StudentSampling(**values)

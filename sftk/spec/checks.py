@@ -15,6 +15,7 @@ from sftk.data.choices import Choice, choice_findings
 from sftk.data.codecs import CODECS, make_codec
 from sftk.data.sources import SOURCES, data_keys, data_problems
 from sftk.errors import DataError, Problem, SpecError, did_you_mean
+from sftk.functional.fp8_linear import MULTIPLE
 from sftk.models.branch import ClassifierBranch
 from sftk.spec.arrangement import sequence_problems
 from sftk.spec.data_files import Places, choice_files, named_files
@@ -103,6 +104,10 @@ class Checks:
                     f"a patch of {rows}x{columns} does not divide latents of {recipe.latents.height}x{recipe.latents.width}"
                 )
                 self._say(("models", role, "size"), message)
+            wide = {name: size for name in ("dim", "ffn_dim") if (size := getattr(model.config, name)) % MULTIPLE}
+            if model.lowp.over(recipe.lowp) == "fp8" and wide:
+                place = ("models", role, "lowp") if model.lowp.linears else ("lowp", "linears")
+                self._say(place, f"fp8 products take widths that {MULTIPLE} divides, {role!r} has {wide}", "use linears: full")
             self._weights(role, model.weights)
         for role in recipe.ema:
             if role not in models:

@@ -282,7 +282,9 @@ def _phase_graph(
         name: Origin(value=_tuples(value), document=document, path=(*place, "with", name))
         for name, value in phase.with_.items()
     }
-    return build_graph(found, bound, frames=recipe.latents.frames, defaults=compat_defaults(recipe.compat))
+    return build_graph(
+        found, bound, frames=recipe.latents.frames, defaults=compat_defaults(recipe.compat) | recipe.lowp.defaults
+    )
 
 
 def _tuples(value):

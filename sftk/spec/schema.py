@@ -10,6 +10,7 @@ from sftk.data.choices import Choice
 from sftk.functional.attention import Backend
 from sftk.models.branch import BranchConfig
 from sftk.models.config import PRESETS, WanConfig, preset
+from sftk.spec.lowp import LowpSection, ModelLowp
 from sftk.spec.optimizer import OptimizerSection
 from sftk.spec.parallel import ModelParallel, ParallelSection
 from sftk.spec.sampling import SampleSection
@@ -78,6 +79,7 @@ class ModelSection:
     backend: Backend = "auto"
     checkpoint: Literal["none", "full", "selective"] = "none"
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
+    lowp: ModelLowp = attrs.field(factory=ModelLowp)
     parallel: ModelParallel = attrs.field(factory=ModelParallel)
 
     def __attrs_post_init__(self) -> None:
@@ -94,6 +96,8 @@ class ModelSection:
             kind = "built-in model" if self.codec is None else "codec"
             kept = "`weights`, `backend`, `checkpoint`, `dtype` and `parallel`"
             raise ValueError(f"a {kind} comes as it is, without {kept}")
+        if self.size is None and self.lowp != ModelLowp():
+            raise ValueError("`lowp` is for a model of a size of its own; an average computes as its role does")
         if self.ema_of is not None and self.parallel != ModelParallel():
             raise ValueError(f"an average lies where {self.ema_of!r} does; say `parallel` there")
 
@@ -263,5 +267,6 @@ class Recipe:
     parallel: ParallelSection = attrs.field(factory=ParallelSection)
     track: TrackSection = attrs.field(factory=TrackSection)
     precision: Literal["fp32", "tf32", "bf16", "fp64"] = "fp32"
+    lowp: LowpSection = attrs.field(factory=LowpSection)
     compile: Literal["auto"] | bool = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -28,6 +28,18 @@ def test_plan_check():
         assert set(line["measured_seconds"]) == set(line["planned_seconds"]) == {"generator and critic", "critic"}
 
 
+def test_lowp():
+    (found,) = lines("lowp.py", "--tiny", "--device", "cpu", "--repeats", "1")
+    rows = {row["setting"]: row for row in found["rows"]}
+    assert not [row for row in rows.values() if "error" in row]
+    assert set(rows["full"]["errors"].values()) == {0}
+    for name in ("fp8_student", "kv_int8", "all"):
+        assert 0 < rows[name]["errors"]["x0"] < 0.05
+    assert rows["fp8_scores"]["errors"]["x0"] == 0
+    assert rows["kv_int8"]["x0_by_block"][0] == 0  # the first block has no context
+    assert 0 < rows["fp8"]["errors"]["gradient"] < 0.5
+
+
 def test_load_14b(tmp_path):
     folder = tmp_path / "wan"
     for _ in range(2):  # the second one loads what is there

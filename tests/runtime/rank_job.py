@@ -52,7 +52,8 @@ def draws(step: TrainingStep, index: int) -> dict[str, Any]:
     found: dict[str, Any] = {"noise": {}, "exits": []}
     for (at, phase), (_, micros) in step.recent.items():
         for values in micros if at == index else ():
-            found["noise"] |= {(phase, s): values["noise"][i] for i, s in enumerate(values["key"].samples)}
+            noise = values.get("noise", values.get("x0"))  # a phase that takes another's rollout has that
+            found["noise"] |= {(phase, s): noise[i] for i, s in enumerate(values["key"].samples)}
             found["exits"].append((phase, values["key"].integers("exit", 0, 1000, 4)))
     return found
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sftk.models.weights import save_weights
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 from forked import run_ranks
@@ -107,6 +109,21 @@ def test_two_ranks_equal_one(tiny, launch):
     for name in jobs:
         assert_equal_to(one, folder, name, "fp64")
         assert_drawn_once(folder, name, 2)
+
+
+def test_two_ranks_share_rollouts_and_round_alike(tiny, tiny_weights, make_model, launch):
+    """Sharded layers round the weights that they gather, whole ones those that they hold: the same."""
+    recipe = tiny()
+    recipe.write_text(recipe.read_text().replace("dim: 24", "dim: 32").replace(str(tiny_weights), str(recipe.parent)))
+    for seed, name in enumerate(("student", "teacher", "critic")):
+        save_weights(make_model(torch.float32, seed, text_dim=32, dim=32), recipe.parent / f"{name}.safetensors")
+    lowp = ("share_rollout=true", "lowp={linears: fp8, kv_cache: int8}")
+    common = ("precision=fp64", *BATCH, "batch.global=4", "ema.generator.start=1", *lowp)
+    jobs = {name: (recipe, (*common, *POLICIES[name]), 2) for name in ("fsdp", "ddp", "sequence_2")}
+    folder = launch(2, jobs)
+    one = torch.load(launch(1, {"one": jobs["fsdp"]}) / "one.pt")
+    for name in jobs:
+        assert_equal_to(one, folder, name, "fp64")
 
 
 @pytest.mark.slow

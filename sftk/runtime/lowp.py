@@ -1,0 +1,113 @@
+"""Linear layers that compute in fp8 where no gradient is asked for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from sftk.errors import Problem, SpecError
+from sftk.functional.fp8_linear import fp8_linear
+from sftk.functional.packed import Packed, pack
+from sftk.spec.schema import Recipe
+
+CAPABILITY = (8, 9)
+"""Compute capability from which a GPU multiplies in fp8: Ada and Hopper."""
+
+
+class Fp8Linear(nn.Linear):
+    """A linear layer whose calls without gradient multiply in fp8; with gradient it is the layer that it was made from.
+
+    Args:
+        linear: gives its weight and bias, which stay the same parameters under the same names.
+
+    Example:
+        >>> layer = Fp8Linear(nn.Linear(16, 32))
+        >>> with torch.no_grad():
+        ...     rounded = layer(torch.ones(1, 16))
+        >>> bool((rounded - layer(torch.ones(1, 16))).any()), rounded.dtype, sorted(layer.state_dict())
+        (True, torch.float32, ['bias', 'weight'])
+    """
+
+    def __init__(self, linear: nn.Linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.held: Packed | None = None
+        self._stamp: tuple[int, int] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return super().forward(x)
+        weight = pack(self.weight, "fp8") if self.held is None else self.held
+        kind = x.device.type
+        return fp8_linear(x, weight, self.bias).to(
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        )
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Rounds the weight again if it was changed since the last time."""
+        stamp = (self.weight.data_ptr(), self.weight._version)
+        if stamp == self._stamp:
+            return
+        fresh, self._stamp = pack(self.weight.detach(), "fp8"), stamp
+        if self.held is None or self.held.codes.device != fresh.codes.device:
+            self.held = fresh
+        else:  # the same memory, to which compiled code and CUDA graphs may refer
+            self.held.codes.copy_(fresh.codes)
+            self.held.scale.copy_(fresh.scale)
+
+
+def use_fp8(model: nn.Module, *, hold: bool) -> nn.Module:
+    """Puts `Fp8Linear` in the place of every linear layer of a backbone's blocks, in place, and returns the model.
+
+    Embeddings and the head stay as they are: they are small, and what they lose is seen at once.
+
+    Args:
+        model: has `blocks`.
+        hold: keep the weights in fp8, too, a byte for each, and round them anew when they were changed; otherwise each call
+            rounds what it has, as is needed for sharded weights, which it gathers.
+
+    Example:
+        >>> from sftk.models import WanModel, preset
+        >>> model = use_fp8(WanModel(preset("digits")), hold=True)
+        >>> sum(isinstance(layer, Fp8Linear) for layer in model.modules())
+        40
+    """
+    blocks = model.get_submodule("blocks")
+    layers = [(name, layer) for name, layer in blocks.named_modules() if type(layer) is nn.Linear]
+    made = {name: Fp8Linear(layer) for name, layer in layers}
+    for name, layer in made.items():
+        parent, _, child = name.rpartition(".")
+        setattr(blocks.get_submodule(parent), child, layer)
+    if hold:
+
+        def refresh(*_: object) -> None:
+            if not torch.is_grad_enabled():
+                for layer in made.values():
+                    layer.refresh()
+
+        model.register_forward_pre_hook(refresh)
+    return model
+
+
+def check_fp8(recipe: Recipe, device: torch.device) -> None:
+    """That a device multiplies in fp8 where a recipe asks for it; a CPU computes the reference.
+
+    Raises:
+        SpecError: it does not.
+
+    Example:
+        >>> from sftk.spec.recipe import load_recipe
+        >>> check_fp8(load_recipe("recipes/dmd.yaml", ["lowp.linears=fp8"])[0].recipe, torch.device("cpu"))
+    """
+    asked = [role for role, model in recipe.models.items() if model.size is not None and model.lowp.over(recipe.lowp) == "fp8"]
+    if not asked or device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        message = f"{', '.join(asked)} would compute in fp8, which {name} (compute capability {major}.{minor}) does not do"
+        hint = "take a GPU of 8.9 or above, such as an H100, or linears: full"
+        raise SpecError([Problem(path=("lowp", "linears"), message=message, hint=hint)])

@@ -1,0 +1,55 @@
+"""What a recipe says about low precision: `lowp`, and `lowp` of a model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import attrs
+
+from sftk.functional.packed import Storage
+
+Linears = Literal["full", "fp8"]
+
+
+@attrs.frozen(kw_only=True)
+class LowpSection:
+    """What computes or is kept with 8 bits. Unlike `precision`, it changes results by more than rounding to bf16 does.
+
+    Args:
+        linears: linear layers of the backbones' blocks in calls without gradient: the steps and commits of a rollout, scores,
+            samples. Calls with gradient are as they were. A model may say otherwise for itself, see `ModelLowp`.
+        kv_cache: what the phases' parameter `kv_cache` is where they do not bind it.
+    """
+
+    linears: Linears = "full"
+    kv_cache: Storage = "full"
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Values that take the place of specs' own defaults.
+
+        Example:
+            >>> LowpSection(kv_cache="int8").defaults, LowpSection().defaults
+            ({'kv_cache': 'int8'}, {})
+        """
+        return {} if self.kv_cache == "full" else {"kv_cache": self.kv_cache}
+
+
+@attrs.frozen(kw_only=True)
+class ModelLowp:
+    """What one model does otherwise than the recipe's `lowp`; null takes what that says.
+
+    Args:
+        linears: see `LowpSection`.
+    """
+
+    linears: Linears | None = None
+
+    def over(self, section: LowpSection) -> Linears:
+        """How the model's linear layers compute.
+
+        Example:
+            >>> ModelLowp(linears="full").over(LowpSection(linears="fp8")), ModelLowp().over(LowpSection(linears="fp8"))
+            ('full', 'fp8')
+        """
+        return self.linears or section.linears

@@ -1,0 +1,218 @@
+"""`lowp`: what computes in fp8, when its weights are rounded again, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from sftk.errors import SpecError
+from sftk.functional.fp8_linear import fp8_linear
+from sftk.functional.packed import pack, unpack
+from sftk.models import WanModel, preset
+from sftk.runtime import lowp
+from sftk.runtime.build import build_stage
+from sftk.runtime.loader import make_loader
+from sftk.runtime.lowp import Fp8Linear, check_fp8, use_fp8
+from sftk.runtime.optim import make_optimizer
+from sftk.runtime.parallelize import parallelize
+from sftk.runtime.sample_options import role_sampling
+from sftk.runtime.step import TrainingStep
+from sftk.spec.optimizer import OptimizerSection
+from sftk.spec.recipe import load_recipe
+
+CPU = torch.device("cpu")
+FP8 = "lowp.linears=fp8"
+WIDE = "dim: 24, ffn_dim: 32, num_heads: 2", "dim: 32, ffn_dim: 32, num_heads: 2"
+
+
+@pytest.fixture
+def wide(tiny):
+    """The tiny recipe with widths that fp8 takes, and random weights."""
+
+    path = tiny()
+    path.write_text(re.sub(r", weights: \S+}", "}", path.read_text().replace(*WIDE)))
+    return path
+
+
+def make(recipe, *overrides):
+    (stage,) = load_recipe(recipe, overrides)
+    built = build_stage(stage, CPU, {})
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for module in built.modules.values():
+            for parameter in module.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.1)
+    return stage, built, TrainingStep(stage.recipe, built, itertools.cycle(make_loader(stage.recipe)))
+
+
+def layers(model: nn.Module) -> list[Fp8Linear]:
+    return [layer for layer in model.modules() if isinstance(layer, Fp8Linear)]
+
+
+def random_model() -> WanModel:
+    torch.manual_seed(0)
+    model = WanModel(preset("digits"))
+    with torch.no_grad():
+        model.head.head.weight.normal_(std=0.02)
+    return model
+
+
+ARGUMENTS = (torch.randn(1, 3, 4, 8, 8), torch.full((1, 3), 500.0), torch.randn(1, 4, 32))
+
+
+def test_products_are_those_of_the_rounded_factors():
+    x, weight, bias = torch.randn(2, 5, 32), torch.randn(48, 32), torch.randn(48)
+    found = fp8_linear(x, pack(weight, "fp8"), bias)
+    rows = torch.stack([unpack(pack(token, "fp8")) for token in x.flatten(0, 1)]).view_as(x)
+    columns = torch.stack([unpack(pack(row, "fp8")) for row in weight])
+    torch.testing.assert_close(found, rows @ columns.T + bias)
+    exact = x @ weight.T + bias
+    assert 0.01 < (found - exact).norm() / exact.norm() < 0.05
+
+
+def test_calls_with_gradient_are_as_they_were():
+    plain, rounded = random_model(), use_fp8(random_model(), hold=True)
+    assert plain.state_dict().keys() == rounded.state_dict().keys()
+    one, other = plain(*ARGUMENTS)[0], rounded(*ARGUMENTS)[0]
+    assert torch.equal(one, other)
+    for a, b in zip(
+        torch.autograd.grad(one.sum(), plain.parameters()), torch.autograd.grad(other.sum(), rounded.parameters()), strict=True
+    ):
+        assert torch.equal(a, b)
+    assert all(layer.held is None for layer in layers(rounded))
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_every_layer_of_the_blocks_is_rounded_in_calls_without(hold, monkeypatch):
+    calls, inner = [], lowp.fp8_linear
+    monkeypatch.setattr(lowp, "fp8_linear", lambda *arguments: (calls.append(1), inner(*arguments))[1])
+    plain, model = random_model(), use_fp8(random_model(), hold=hold)
+    with torch.no_grad():
+        exact, found = plain(*ARGUMENTS)[0], model(*ARGUMENTS)[0]
+    assert len(calls) == 10 * len(model.blocks)
+    assert 1e-4 < (found - exact).norm() / exact.norm() < 0.05
+    assert all((layer.held is not None) == hold for layer in layers(model))
+
+
+def test_weights_are_rounded_again_when_they_changed_and_only_then(monkeypatch):
+    packed, inner = [], lowp.pack
+    monkeypatch.setattr(lowp, "pack", lambda *arguments: (packed.append(1), inner(*arguments))[1])
+    model = use_fp8(random_model(), hold=True)
+    optimizer = make_optimizer(dict(model.named_parameters()), OptimizerSection(lr=1e-2))
+
+    def sample():
+        packed.clear()
+        with torch.no_grad():
+            return model(*ARGUMENTS)[0]
+
+    first = sample()
+    assert len(packed) == 40
+    kept = [layer.held.codes.data_ptr() for layer in layers(model)]
+    assert torch.equal(sample(), first)
+    assert not packed
+    model(*ARGUMENTS)[0].square().sum().backward()
+    optimizer.step()
+    second = sample()
+    assert len(packed) == 40
+    assert [layer.held.codes.data_ptr() for layer in layers(model)] == kept
+    fresh = use_fp8(WanModel(preset("digits")), hold=True)
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(fresh(*ARGUMENTS)[0], second)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "full"])
+def test_compiled_blocks_give_the_same(checkpoint):
+    model = use_fp8(random_model(), hold=True)
+    with torch.no_grad():
+        eager = model(*ARGUMENTS)[0]
+    compiled = use_fp8(random_model(), hold=True)
+    parallelize(compiled, checkpoint=checkpoint)
+    for block in compiled.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*ARGUMENTS)[0], eager, rtol=1e-4, atol=1e-5)
+        for tensor in (*compiled.parameters(), *model.parameters()):
+            tensor.mul_(1.1)
+        torch.testing.assert_close(compiled(*ARGUMENTS)[0], model(*ARGUMENTS)[0], rtol=1e-4, atol=1e-5)
+    compiled(*ARGUMENTS)[0].sum().backward()
+
+
+def test_training_in_fp8_is_close_to_training_without(wide):
+    found = {}
+    for name, overrides in {"full": (), "fp8": (FP8,), "both": (FP8, "lowp.kv_cache=int8")}.items():
+        stage, built, step = make(wide, *overrides)
+        metrics = [step(index) for index in range(3)]
+        found[name] = metrics
+        rounded = {role for role, module in built.modules.items() if layers(module)}
+        assert rounded == (set() if name == "full" else {"generator", "real_score", "fake_score"})
+        kept = [node.options["kv_cache"] for node in starts(stage.graphs["critic"])]
+        assert kept == ["int8" if name == "both" else "full"]
+    for name in ("fp8", "both"):
+        for one, other in zip(found["full"], found[name], strict=True):
+            for key, value in one.items():
+                assert other[key].item() == pytest.approx(value.item(), rel=0.1), (name, key)
+                assert key != "generator/loss" or other[key].item() != value.item()
+
+
+def starts(graph):
+    """Nodes that start a cache, in a graph and those within."""
+    for node in graph.nodes:
+        if node.op.name == "start_cache":
+            yield node
+        elif hasattr(node.op, "nodes"):
+            yield from starts(node.op)
+
+
+def test_a_model_says_otherwise_for_itself(wide):
+    _, built, _ = make(wide, FP8, "models.generator.lowp.linears=full")
+    assert {role: bool(layers(module)) for role, module in built.modules.items()} == {
+        "generator": False, "real_score": True, "fake_score": True,
+    }  # fmt: skip
+    _, built, _ = make(wide, "models.real_score.lowp.linears=fp8")
+    assert {role for role, module in built.modules.items() if layers(module)} == {"real_score"}
+
+
+def test_an_average_that_is_called_computes_as_its_role(wide):
+    average = "models.teacher={ema_of: generator}", "phases.0.models={real_score: teacher}", "ema.generator.start=0"
+    _, built, step = make(wide, FP8, *average, "models.real_score.lowp.linears=full")
+    assert layers(built.ports["teacher"].module)
+    first = step(0)["generator/loss"]
+    assert first.isfinite()
+
+
+def test_the_student_is_sampled_with_the_cache_of_its_training(wide):
+    (stage,) = load_recipe(wide, ["lowp.kv_cache=int8"])
+    assert role_sampling(stage.document, stage.recipe, "generator").kv_cache == "int8"
+    (stage,) = load_recipe(wide, ["lowp.kv_cache=int8", "phases.critic.with.kv_cache=full", "phases.0.with.kv_cache=full"])
+    assert role_sampling(stage.document, stage.recipe, "generator").kv_cache == "full"
+
+
+def test_widths_that_fp8_does_not_take(tiny):
+    with pytest.raises(SpecError, match=r"widths that 16 divides, 'generator' has \{'dim': 24\} @ \$\.lowp\.linears"):
+        load_recipe(tiny(), [FP8])
+    with pytest.raises(SpecError, match=r"'fake_score' has \{'dim': 24\} @ \$\.models\.fake_score\.lowp"):
+        load_recipe(tiny(), ["models.fake_score.lowp.linears=fp8"])
+
+
+def test_roles_without_layers_of_their_own(wide):
+    with pytest.raises(SpecError, match="an average computes as its role does"):
+        load_recipe(wide, ["models.teacher={ema_of: generator, lowp: {linears: fp8}}"])
+    with pytest.raises(SpecError, match=r"lowp\.linears"):
+        load_recipe(wide, ["lowp.linears=fp4"])
+
+
+def test_a_gpu_without_fp8_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    (stage,) = load_recipe("recipes/dmd.yaml", [FP8])
+    with pytest.raises(SpecError, match=r"fp8, which NVIDIA A100 \(compute capability 8\.0\) does not do @ \$\.lowp\.linears"):
+        check_fp8(stage.recipe, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    check_fp8(stage.recipe, torch.device("cuda"))
