@@ -98,10 +98,15 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ...         print(str(error).partition(";")[0])
         the attention backend 'flash' needs FlashAttention: pip install 'sftk[flash]'
     """
-    return _function()(q, k, v)
+    installed = _installed()
+    if installed is None:
+        raise SpecError(f"the attention backend 'flash' needs FlashAttention: pip install 'sftk[flash]'; tried {_reasons()}")
+    if installed == MODULES[0]:
+        return flash(q, k, v)[0]
+    out = _functions[installed](q, k, v)
+    return out[0] if isinstance(out, tuple) else out
 
 
-@functools.lru_cache(maxsize=1)
 def has_flash() -> bool:
     """Whether a FlashAttention can be imported.
 
@@ -109,7 +114,7 @@ def has_flash() -> bool:
         >>> isinstance(has_flash(), bool)
         True
     """
-    return not isinstance(_found(), str)
+    return _installed() is not None
 
 
 def flash_operators() -> tuple[Any, ...]:
@@ -127,34 +132,26 @@ def _operator(namespace: str, name: str) -> Any:
     return getattr(getattr(torch.ops, namespace), name, None)
 
 
-def _function() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    found = _found()
-    if isinstance(found, str):
-        raise SpecError(f"the attention backend 'flash' needs FlashAttention: pip install 'sftk[flash]'; tried {found}")
-    return found
+_functions: dict[str, Callable[..., Any]] = {}
+_missing: dict[str, str] = {}
 
 
-@functools.lru_cache(maxsize=1)
-def _found() -> Callable[[Tensor, Tensor, Tensor], Tensor] | str:
-    """The function, or why there is none."""
-    reasons = []
+@torch.compiler.assume_constant_result  # Dynamo would trace imports, and lose the whole block to them
+def _installed() -> str | None:
+    """The first of `MODULES` that can be imported; its function is in `_functions` from then on."""
     for module in MODULES:
-        try:
-            function = _quietly(module).flash_attn_func
-        except (ImportError, AttributeError) as error:
-            reasons.append(f"{module}: {error}")
-            continue
-        return _fourth if module == MODULES[0] else functools.partial(_first, function)
-    return "; ".join(reasons)
+        if module not in _functions and module not in _missing:
+            try:
+                _functions[module] = _quietly(module).flash_attn_func
+            except (ImportError, AttributeError) as error:
+                _missing[module] = str(error)
+        if module in _functions:
+            return module
+    return None
 
 
-def _fourth(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return flash(q, k, v)[0]
-
-
-def _first(function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = function(q, k, v)
-    return out[0] if isinstance(out, tuple) else out
+def _reasons() -> str:
+    return "; ".join(f"{module}: {reason}" for module, reason in _missing.items())
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sftk.functional.attention import Backend, Mask, attention
 from sftk.functional.cache import CachedKV, LayerKV
 from sftk.functional.exchange import Exchange
+from sftk.functional.linear_gelu import linear_gelu
 from sftk.functional.packed import unpack
 from sftk.models.config import WanConfig
 from sftk.models.rope import rotate
@@ -132,7 +133,8 @@ class Block(nn.Module):
         found = attention(queries, text_kv[0].to(queries.dtype), text_kv[1].to(queries.dtype), backend=backend)
         x = x + self.cross_attn.o(found.flatten(2))
 
-        x = self.gated(x, self.ffn(self.modulate(x, shift2, scale2)), gate2)
+        hidden = linear_gelu(self.ffn[0], self.modulate(x, shift2, scale2))
+        x = self.gated(x, self.ffn[2](hidden), gate2)
         return x, ((stored, v, *text_kv) if keep_kv else None)
 
     def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def parallelize(
             block = checkpoint_wrapper(block, checkpoint_fn=through)
             blocks[index] = block
         if compile_blocks:
-            block.compile()
+            block.compile(fullgraph=True)  # what cannot be compiled is an error, not a block that runs eagerly
     if compile_blocks:
         limit_recompiles()
     if sharding is not None:

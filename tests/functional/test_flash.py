@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from sftk.errors import SpecError
 from sftk.functional import flash as module
 from sftk.functional.attention import attention
 from sftk.functional.flash import flash, flash_backward
@@ -96,19 +97,40 @@ def test_checkpoints_know_it(through, times, compiled):
     assert calls.count("backward") == 1
 
 
-def test_it_is_found_when_it_is_there(monkeypatch):
-    fake = SimpleNamespace(flash_attn_func=lambda q, k, v: (q + 1, None))
-    for name in module.MODULES:
-        for cached in (module._found, module.has_flash):
-            cached.cache_clear()
-        assert not module.has_flash()
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, name.split(".")[0], SimpleNamespace(__path__=[]))
-            patch.setitem(sys.modules, name, fake)
-            for cached in (module._found, module.has_flash):
-                cached.cache_clear()
-            assert module.has_flash()
-            if name != module.MODULES[0]:
-                assert torch.equal(module.flash_attention(*torch.zeros(3, 1, 2, 1, 8)), torch.ones(1, 2, 1, 8))
-    for cached in (module._found, module.has_flash):
-        cached.cache_clear()
+@pytest.fixture
+def install(monkeypatch):
+    """Puts a module in the place of FlashAttention."""
+
+    def put(name, function):
+        monkeypatch.setitem(sys.modules, name.split(".")[0], SimpleNamespace(__path__=[]))
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(flash_attn_func=function))
+        forget()
+
+    def forget():
+        module._functions.clear()
+        module._missing.clear()
+
+    forget()
+    yield put
+    forget()
+
+
+@pytest.mark.parametrize("name", module.MODULES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_installed_is_used_and_compiles(install, name, compiled):
+    torch._dynamo.reset()
+    if not module.has_flash():
+        with pytest.raises(SpecError, match="needs FlashAttention"):
+            module.flash_attention(*torch.zeros(3, 1, 2, 1, 8))
+    install(name, older)
+    assert module.has_flash()
+    call = module.flash_attention
+    if compiled:
+        call = torch.compile(call, backend="aot_eager", fullgraph=True)
+    q, k, v = inputs()
+    expected = forward(q, k, v, True)[0] if name == module.MODULES[0] else q + 1
+    torch.testing.assert_close(call(q, k, v), expected)
+
+
+def older(q, k, v):
+    return q + 1, None

@@ -8,6 +8,7 @@ import torch
 from sftk.functional.attention import UNMASKED, attention, attention_mask, available_backends, exact_derivatives
 from sftk.functional.keys import Key
 from sftk.functional.layout import Layout
+from sftk.functional.linear_gelu import linear_gelu
 from sftk.models import WanConfig, WanModel
 from sftk.models.text import load_text_encoder
 from sftk.models.vae import WanVae, decode, decode_block
@@ -81,7 +82,50 @@ def test_the_model_equals_itself_on_the_cpu():
     assert (on_gpu - on_cpu).norm() / on_cpu.norm() < 2e-3
 
 
-@pytest.mark.parametrize("checkpoint", ["none", "full"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_linear_layer_and_its_activation_in_one_kernel(compiled):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(256, 512, device="cuda"), torch.randn(2, 96, 256, device="cuda")
+    call = torch.compile(linear_gelu, fullgraph=True) if compiled else linear_gelu
+    exact = torch.nn.functional.gelu(layer(x), approximate="tanh")
+    with torch.no_grad(), torch.profiler.profile(acc_events=True) as recorded, torch.autocast("cuda", torch.bfloat16):
+        found = call(layer, x)
+    assert "sftk::linear_gelu" in {event.key for event in recorded.key_averages()}
+    assert found.dtype == torch.bfloat16
+    assert found.shape == exact.shape
+    assert (found - exact).norm() / exact.norm() < 5e-3
+    with torch.no_grad():
+        assert torch.equal(linear_gelu(layer, x), exact)  # float32 as ever
+    half = layer.bfloat16()
+    (grad,) = torch.autograd.grad(call(half, x.bfloat16()).float().sum(), half.weight)
+    assert grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["full", "selective"])
+def test_compiled_blocks_with_flash_attention(kind):
+    """No block runs eagerly, and gradients are those of the uncompiled model to rounding."""
+    if "flash" not in available_backends():
+        pytest.skip("FlashAttention is not installed")
+    plain = random_model(torch.bfloat16)
+    plain.backend = "flash"
+    other = random_model(torch.bfloat16)
+    other.backend = "flash"
+    wrapped = parallelize(other, checkpoint=kind, compile_blocks=True)
+    latents, text = torch.randn(1, 3, 16, 8, 8, device="cuda"), torch.randn(1, 8, 32, device="cuda")
+    time = torch.full((1, 3), 500.0, device="cuda")
+    torch._dynamo.utils.counters.clear()
+    found = []
+    for model in (plain, wrapped):
+        out = model(latents, time, text)[0]
+        found.append(
+            (out, *torch.autograd.grad(out.float().square().sum(), [model.patch_embedding.weight, model.head.head.weight]))
+        )
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for ours, exact in zip(*reversed(found), strict=True):
+        assert (ours - exact).float().norm() / exact.float().norm() < 3e-2
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "full", "selective"])
 def test_second_derivatives_through_flex_and_compiled_blocks(checkpoint):
     """The recomputation of a checkpoint runs in one of autograd's own threads."""
     x, t, text = torch.randn(1, 6, 16, 8, 12), torch.rand(1, 6) * 1000, torch.randn(1, 8, 32)
