@@ -19,6 +19,9 @@ from sftk.runtime.place import Place, find_place
 from sftk.runtime.watch import Watch
 from sftk.runtime.world import POLL, World, backend
 
+_LEAVING = 30.0
+"""Seconds that the first process waits for the others at the end."""
+
 
 @contextmanager
 def joined(device: str, minutes: float) -> Iterator[World]:
@@ -48,6 +51,7 @@ def joined(device: str, minutes: float) -> Iterator[World]:
         with world.watch.watching(60 * minutes):
             try:
                 yield world
+                world.leave(_LEAVING)
             except RuntimeError as error:
                 explained = world.watch.explain(error)
                 if explained is None:

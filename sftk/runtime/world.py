@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import attrs
@@ -52,6 +53,22 @@ class World:
         if self.store.add(key, 1) == self.size:
             self.store.set(f"{key}/done", "1")
         while not self.store.check([f"{key}/done"]):
+            time.sleep(POLL)
+
+    def leave(self, seconds: float) -> None:
+        """Says good-bye at a good end. The first process, which may host the store, goes last: others may still ask it.
+
+        Args:
+            seconds: that the first one waits at most.
+        """
+        if self.store is None:
+            return
+        if self.rank:
+            with suppress(RuntimeError):  # the first one has waited long enough
+                self.store.add("left", 1)
+            return
+        until = time.monotonic() + seconds
+        while self.store.add("left", 0) < self.size - 1 and time.monotonic() < until:
             time.sleep(POLL)
 
     def share(self, value: T) -> T:
