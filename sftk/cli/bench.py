@@ -111,7 +111,15 @@ def attention(
     chosen, overrides = _recipe(arguments)
     stage = load_recipe(chosen, overrides)[-1]
     device = pick_device(stage.recipe.device)
-    heads, shapes = model_shapes(stage, sampled_role(stage.document, stage.recipe), frames_per_block)
+    recipe = stage.recipe
+    config = recipe.models[sampled_role(stage.document, recipe)].config
+    heads, shapes = model_shapes(
+        config,
+        recipe.latents,
+        batch=recipe.batch.split()[0],
+        precision=recipe.precision,
+        frames_per_block=frames_per_block,
+    )
     kinds = list(dict.fromkeys(shape.name.split()[0] for shape in shapes))
     for name in only:
         if name not in kinds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -96,7 +96,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Ba
             return attention_by_spans(q, k, v, mask, functools.partial(attention, backend=backend))
         mask = token_mask(mask.layout, mask.tokens_per_frame, q.device)
     if backend == "auto" and mask is None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        backend = _auto["training" if torch.is_grad_enabled() else "forward"]
+        backend = automatic("training" if torch.is_grad_enabled() else "forward", k.shape[1])
     if q.is_meta and backend != "math":
         return meta_attention(q, k, v, mask)
     if backend in UNMASKED and (mask is not None or not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16)):
@@ -144,24 +144,47 @@ def attention_operators() -> frozenset[Any]:
     return frozenset((*fused, *flash_operators(), torch.ops.higher_order.flex_attention, META_OP))
 
 
-_auto: dict[str, Backend] = {"forward": "sdpa", "training": "sdpa"}
+Fastest = Mapping[int, Backend]
+"""Backends by the number of keys at which they were measured."""
+_SDPA: Fastest = {1: "sdpa"}
+_auto: dict[str, tuple[tuple[int, Backend], ...]] = {name: tuple(_SDPA.items()) for name in ("forward", "training")}
 _layouts: Layouts = "flex"
 
 
-def set_auto(*, forward: Backend = "sdpa", training: Backend = "sdpa", layouts: Layouts = "flex") -> None:
+def set_auto(*, forward: Fastest = _SDPA, training: Fastest = _SDPA, layouts: Layouts = "flex") -> None:
     """Sets what `auto` takes in this process on CUDA: what `sftk bench attention` measured.
 
     Args:
-        forward: in half precision without a mask, where gradients are off. training: where they are on.
+        forward: in half precision without a mask, where gradients are off; the one nearest to a call's number of keys.
+        training: where they are on.
         layouts: FlexAttention's mask, or calls without a mask for each run of frames that see the same ones.
 
     Example:
-        >>> set_auto(forward="sdpa_cudnn")
+        >>> set_auto(forward={512: "sdpa", 32760: "sdpa_cudnn"})
+        >>> automatic("forward", 4680)
+        'sdpa_cudnn'
         >>> set_auto()
     """
     global _layouts
-    _auto.update(forward=forward, training=training)
+    _auto.update(forward=tuple(sorted(forward.items())), training=tuple(sorted(training.items())))
     _layouts = layouts
+
+
+def automatic(passes: str, keys: int) -> Backend:
+    """What `auto` takes for a number of keys, see `set_auto`.
+
+    Args:
+        passes: `forward` or `training`.
+
+    Example:
+        >>> automatic("training", 512)
+        'sdpa'
+    """
+    (nearest, found), *others = _auto[passes]
+    for measured, backend in others:
+        if keys * keys >= nearest * measured:  # nearer by its ratio
+            nearest, found = measured, backend
+    return found
 
 
 _exact = 0

@@ -12,7 +12,8 @@ from sftk.functional.attention import is_exact
 @torch.library.custom_op("sftk::linear_gelu", mutates_args=(), device_types="cuda")
 def _fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """cuBLAS applies the activation to what it still holds in float32. An operator, since Inductor would take it apart."""
-    return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).unflatten(0, x.shape[:-1])
+    flat = torch.ops.aten._addmm_activation.default(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return flat.unflatten(0, x.shape[:-1])
 
 
 @_fused.register_fake

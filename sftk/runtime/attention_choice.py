@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 import torch
 
-from sftk.functional.attention import available_backends, set_auto
+from sftk.functional.attention import UNMASKED, available_backends, set_auto
 from sftk.runtime.device import device_name
 
 CACHE_VARIABLE = "SFTK_CACHE"
@@ -20,6 +20,10 @@ CACHE_VARIABLE = "SFTK_CACHE"
 WORSE = 3.0
 """A backend is left out whose error is this much larger than the smallest at its shape; our choice."""
 PASSES = ("forward", "training")
+LAYOUT = "block_causal"
+"""The shape that has a layout."""
+SPANS = "spans/"
+"""In front of a backend's name: a layout as its calls without a mask."""
 
 
 @attrs.frozen(kw_only=True)
@@ -30,11 +34,13 @@ class Choice:
         device: as it names itself. torch: version.
         fastest: shape (`full`, `cached <blocks>`, `block_causal`, `cross`) to pass to backend; one that starts with `spans/`
             computes a layout in calls without a mask (`attention_by_spans`).
+        keys: shape to its number of keys.
     """
 
     device: str
     torch: str
     fastest: dict[str, dict[str, str]]
+    keys: dict[str, int]
 
 
 def choose(report: Mapping[str, Any]) -> Choice:
@@ -43,7 +49,8 @@ def choose(report: Mapping[str, Any]) -> Choice:
     Example:
         >>> def row(backend, ms, error):
         ...     timed = {"seconds": ms / 1e3}
-        ...     return {"shape": "full", "backend": backend, "forward": timed, "training": timed, "errors": {"out": error}}
+        ...     of = {"shape": "full", "keys": 9, "backend": backend, "errors": {"out": error}}
+        ...     return {**of, "forward": timed, "training": timed}
         >>> rows = [row("sdpa", 3.0, 1e-3), row("quick", 1.0, 1e-2), row("sdpa_cudnn", 2.0, 2e-3)]
         >>> choose({"device": {"name": "d", "torch": "2"}, "rows": rows}).fastest
         {'full': {'forward': 'sdpa_cudnn', 'training': 'sdpa_cudnn'}}
@@ -55,7 +62,8 @@ def choose(report: Mapping[str, Any]) -> Choice:
         best = min(_error(row) for row in rows)
         exact = [row for row in rows if _error(row) <= WORSE * best]
         fastest[shape] = {name: min(exact, key=lambda row: row[name]["seconds"])["backend"] for name in PASSES}
-    return Choice(device=report["device"]["name"], torch=report["device"]["torch"], fastest=fastest)
+    keys = {row["shape"]: row["keys"] for row in measured}
+    return Choice(device=report["device"]["name"], torch=report["device"]["torch"], fastest=fastest, keys=keys)
 
 
 def _error(row: Mapping[str, Any]) -> float:
@@ -89,25 +97,43 @@ def find_choice(device: torch.device) -> Choice | None:
     """What was measured on a device with this PyTorch, if anything; a file that cannot be read counts as nothing."""
     try:
         told = json.loads(choice_file(device_name(device), torch.__version__).read_text(encoding="utf-8"))
-        return Choice(device=told["device"], torch=told["torch"], fastest=told["fastest"])
+        return Choice(**told)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def use_choice(device: torch.device, backends: Iterable[str] | None = None) -> dict[str, str]:
-    """Makes `backend: auto` take what was fastest on a device: for a pass over all frames, and for layouts.
+def use_choice(choice: Choice | None, backends: Iterable[str] | None = None) -> None:
+    """Makes `backend: auto` take what was fastest: without a mask at each number of keys, and for layouts.
+
+    Where no layout was measured, they take calls without a mask as soon as a kernel that takes none is the fastest.
 
     Args:
-        backends: those that are there; by default `available_backends`.
+        choice: of the device at hand; None is PyTorch's own, and FlexAttention for layouts.
+        backends: those that are there; by default `available_backends`. A chosen one that is gone counts as not measured.
 
-    Returns:
-        What `auto` takes from here on: `forward` and `training` without a mask, and `layouts`, see `set_auto`.
+    Example:
+        >>> use_choice(None)
     """
-    choice = find_choice(device) if device.type == "cuda" else None
+    if choice is None:
+        set_auto()
+        return
     there = tuple(available_backends() if backends is None else backends)
-    fastest = {} if choice is None else choice.fastest
-    full, layouts = fastest.get("full", {}), fastest.get("block_causal", {})
-    taken = {name: full[name] if full.get(name) in there else "sdpa" for name in PASSES}
-    taken["layouts"] = "spans" if layouts.get("training", "").startswith("spans/") else "flex"
-    set_auto(**taken)  # pyright: ignore[reportArgumentType]
-    return taken
+    plain = {shape: found for shape, found in choice.fastest.items() if shape != LAYOUT}
+    table: dict[str, Any] = {
+        name: {choice.keys[shape]: found[name] for shape, found in plain.items() if found[name] in there} or {1: "sdpa"}
+        for name in PASSES
+    }
+    spans = max(table["training"].items())[1] in UNMASKED
+    if LAYOUT in choice.fastest:
+        spans = choice.fastest[LAYOUT]["training"].startswith(SPANS)
+    set_auto(**table, layouts="spans" if spans else "flex")
+
+
+def told(choice: Choice | None) -> dict[str, Any]:
+    """A choice as plain values, for a report.
+
+    Example:
+        >>> told(None)
+        {'full': {'forward': 'sdpa', 'training': 'sdpa'}}
+    """
+    return {"full": dict.fromkeys(PASSES, "sdpa")} if choice is None else choice.fastest

@@ -18,13 +18,14 @@ from sftk.errors import SpecError
 from sftk.functional.layout import flex_mask, token_mask
 from sftk.models.rope import rope_table
 from sftk.models.vae import TEMPORAL_FACTOR
+from sftk.runtime.attention_auto import settle_attention
 from sftk.runtime.bench_cases import ROLLOUT, Cases, case_names, rollout_graph
 from sftk.runtime.bench_count import Counts, count_cases
 from sftk.runtime.bench_device import device_facts
 from sftk.runtime.bench_measure import measure
 from sftk.runtime.bench_profile import profile_call
 from sftk.runtime.bench_rows import Row, failed_row, measured_row, summary_rows
-from sftk.runtime.build import build_stage, compiles
+from sftk.runtime.build import backbones, build_stage, compiles
 from sftk.runtime.device import device_name, pick_device
 from sftk.runtime.plan_rates import GPUS, known_gpu
 from sftk.runtime.segments import compile_segments
@@ -84,7 +85,9 @@ def run_bench(
     """
     for variant in variants:
         case_names(variant.stage, options.only)
-    device = pick_device(variants[0].stage.recipe.device)
+    first = variants[0].stage.recipe
+    device = pick_device(first.device)
+    settle_attention(backbones(first), first.latents, first.precision, device, say=say)
     report: dict[str, Any] = {"sftk": sftk.__version__, "device": device_facts(device), "variants": []}
     counted: dict[str, Counts] = {}
     for variant in variants:

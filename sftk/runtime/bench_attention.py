@@ -16,18 +16,21 @@ from sftk.functional.attention import UNMASKED, Backend, attention, attention_ma
 from sftk.functional.attention_spans import attention_by_spans, token_spans
 from sftk.functional.layout import Layout
 from sftk.functional.meta_attention import BACKWARD_OP, FORWARD_OP, attention_flops
+from sftk.models.config import WanConfig
+from sftk.runtime.attention_choice import LAYOUT, SPANS
 from sftk.runtime.bench_device import device_facts
 from sftk.runtime.bench_measure import measure
-from sftk.spec.recipe import Stage
+from sftk.runtime.device import Precision
+from sftk.spec.schema import LatentsSection
 
 CHUNK = 512
 """Queries of one step of the reference: it holds their scores with all keys in float32."""
 QUEUED = 10
 """Calls that are timed together on a GPU, so that it never waits for the host."""
+MOST_EXACT = 4096
+"""Tokens of the shape at which errors are found; those of the real one's size have the same causes and take minutes."""
 MOST_SCORES = 2**31
 """Bytes of scores from which `math`, which holds them all, is left out."""
-SPANS = "spans/"
-"""In front of a backend's name: a layout as its calls without a mask."""
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -54,6 +57,19 @@ class Shape:
             return self.queries * self.keys
         return int(self.layout.frame_mask().sum()) * self.tokens_per_frame**2
 
+    def shrunk(self, most: int) -> Shape:
+        """The same with at most so many queries and keys; of a layout, with fewer tokens in a frame.
+
+        Example:
+            >>> Shape(name="cross", queries=32760, keys=512).shrunk(4096).queries
+            4096
+        """
+        if self.layout is None:
+            return attrs.evolve(self, queries=min(self.queries, most), keys=min(self.keys, most))
+        tokens = max(1, min(self.tokens_per_frame, most // self.layout.frames))
+        count = tokens * self.layout.frames
+        return attrs.evolve(self, queries=count, keys=count, tokens_per_frame=tokens)
+
 
 @attrs.frozen(kw_only=True)
 class Heads:
@@ -65,17 +81,18 @@ class Heads:
     dtype: torch.dtype
 
 
-def model_shapes(stage: Stage, role: str, frames_per_block: int = 3) -> tuple[Heads, tuple[Shape, ...]]:
-    """The shapes of a role's attention: one pass over all frames, blocks after any context, block-causal, and the text.
+def model_shapes(
+    config: WanConfig, latents: LatentsSection, *, batch: int, precision: Precision, frames_per_block: int = 3
+) -> tuple[Heads, tuple[Shape, ...]]:
+    """The shapes of a model's attention: one pass over all frames, blocks after any context, block-causal, and the text.
 
     Example:
-        >>> from sftk.spec.recipe import load_recipe
-        >>> heads, shapes = model_shapes(load_recipe("benchmarks/dmd_1.3b.yaml")[0], "generator")
+        >>> from sftk.models import preset
+        >>> latents = LatentsSection(frames=21, channels=16, height=60, width=104)
+        >>> heads, shapes = model_shapes(preset("1.3b"), latents, batch=1, precision="bf16")
         >>> [(shape.name, shape.queries, shape.keys) for shape in shapes][:3]
         [('full', 32760, 32760), ('cached 0', 4680, 4680), ('cached 1', 4680, 9360)]
     """
-    recipe = stage.recipe
-    config, latents = recipe.models[role].config, recipe.latents
     _, rows, columns = config.patch_size
     tokens, frames = latents.height // rows * (latents.width // columns), latents.frames
     blocks = split_blocks(frames, frames_per_block, False)
@@ -85,12 +102,12 @@ def model_shapes(stage: Stage, role: str, frames_per_block: int = 3) -> tuple[He
         for index, length in enumerate(blocks)
     ]
     everything = frames * tokens
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    heads = Heads(batch=recipe.batch.split()[0], heads=config.num_heads, head_dim=config.head_dim, dtype=dtype)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    heads = Heads(batch=batch, heads=config.num_heads, head_dim=config.head_dim, dtype=dtype)
     return heads, (
         Shape(name="full", queries=everything, keys=everything),
         *cached,
-        Shape(name="block_causal", queries=everything, keys=everything, layout=layout, tokens_per_frame=tokens),
+        Shape(name=LAYOUT, queries=everything, keys=everything, layout=layout, tokens_per_frame=tokens),
         Shape(name="cross", queries=everything, keys=config.text_len),
     )
 
@@ -188,51 +205,54 @@ def bench_attention(
 def _rows(heads: Heads, shape: Shape, device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
     generator = torch.Generator(device).manual_seed(0)
 
-    def draw(tokens: int) -> Tensor:
-        drawn = torch.randn(heads.batch, tokens, heads.heads, heads.head_dim, device=device, generator=generator)
-        return drawn.to(heads.dtype)
+    def draw(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys, values and a cotangent."""
+        counts = (shape.queries, shape.keys, shape.keys, shape.queries)
+        drawn = (torch.randn(heads.batch, n, heads.heads, heads.head_dim, device=device, generator=generator) for n in counts)
+        q, k, v, cotangent = (x.to(heads.dtype) for x in drawn)
+        return q, k, v, cotangent
 
-    q, k, v, cotangent = draw(shape.queries), draw(shape.keys), draw(shape.keys), draw(shape.queries)
-    expected = reference(q, k, v, cotangent, shape)
-    forward = attention_flops(FORWARD_OP, (q, k, v, shape.pairs)) / 1e12
-    backward = attention_flops(BACKWARD_OP, (q, k, v, shape.pairs)) / 1e12
+    small = shape.shrunk(MOST_EXACT)
+    trial, real = draw(small), draw(shape)
+    expected, on_trial = reference(*trial, small), candidates(small, heads, device)
+    forward = attention_flops(FORWARD_OP, (*real[:3], shape.pairs)) / 1e12
+    backward = attention_flops(BACKWARD_OP, (*real[:3], shape.pairs)) / 1e12
     for name, attend in candidates(shape, heads, device).items():
         row: dict[str, Any] = {"shape": shape.name, "queries": shape.queries, "keys": shape.keys, "backend": name}
         try:
-            row |= _measured(attend, (q, k, v), cotangent, expected, (forward, forward + backward), device, repeats)
+            row["errors"] = _errors(on_trial[name], trial, expected)
+            row |= _measured(attend, real, (forward, forward + backward), device, repeats)
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         yield row
 
 
+def _errors(attend: Attend, inputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> dict[str, float]:
+    """Relative errors of the output and of the gradients."""
+    *given, cotangent = inputs
+    leaves = [x.detach().clone().requires_grad_() for x in given]
+    out = attend(*leaves)
+    found = (out, *torch.autograd.grad(out, leaves, cotangent))
+    return {name: relative_error(x, exact) for name, x, exact in zip(("out", "q", "k", "v"), found, expected, strict=True)}
+
+
 def _measured(
-    attend: Attend,
-    inputs: tuple[Tensor, Tensor, Tensor],
-    cotangent: Tensor,
-    expected: tuple[Tensor, ...],
-    tflop: tuple[float, float],
-    device: torch.device,
-    repeats: int,
+    attend: Attend, inputs: tuple[Tensor, ...], tflop: tuple[float, float], device: torch.device, repeats: int
 ) -> dict[str, Any]:
-    leaves = tuple(x.detach().clone().requires_grad_() for x in inputs)
+    *given, cotangent = inputs
+    leaves = tuple(x.detach().clone().requires_grad_() for x in given)
     times = QUEUED if device.type == "cuda" else 1
 
     @torch.no_grad()
     def forward() -> None:
         for _ in range(times):
-            attend(*inputs)
+            attend(*leaves)
 
     def training() -> None:
         for _ in range(times):
             torch.autograd.grad(attend(*leaves), leaves, cotangent)
 
-    out = attend(*leaves)
-    found = (out, *torch.autograd.grad(out, leaves, cotangent))
-    names = ("out", "q", "k", "v")
-    row: dict[str, Any] = {
-        "errors": {name: relative_error(ours, exact) for name, ours, exact in zip(names, found, expected, strict=True)}
-    }
-    del out, found
+    row: dict[str, Any] = {}
     for name, call, work in zip(("forward", "training"), (forward, training), tflop, strict=True):
         measured = measure(call, device, repeats=repeats)
         seconds = measured.median / times

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sftk.functional.attention import available_backends
-from sftk.runtime.attention_choice import use_choice
+from sftk.runtime.attention_choice import find_choice, told
 from sftk.runtime.device import device_name
 from sftk.runtime.plan_rates import known_gpu
 
@@ -30,7 +30,7 @@ def device_facts(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "attention": list(available_backends()),
-        "auto": use_choice(device),
+        "auto": told(find_choice(device) if device.type == "cuda" else None),
     }
     if device.type != "cuda":
         return facts

@@ -28,7 +28,7 @@ def report_lines(report: Mapping[str, Any], before: Mapping[str, Any] | None = N
     """
     device = report["device"]
     versions = [f"{key} {device[key]}" for key in ("driver", "cuda", "torch") if device.get(key)]
-    auto = " and ".join(dict.fromkeys(device["auto"].values()))
+    auto = " and ".join(dict.fromkeys(backend for found in device["auto"].values() for backend in found.values()))
     yield f"{device['name']}; {', '.join(versions)}; attention {', '.join(device['attention'])}; auto is {auto}"
     if before is not None and before["device"]["name"] != device["name"]:
         yield f"compared with a report of another device: {before['device']['name']}"

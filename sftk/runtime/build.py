@@ -17,9 +17,10 @@ from sftk.core.replay import Tape, replayed
 from sftk.data.builtins import ready_made
 from sftk.errors import CheckpointError
 from sftk.models.branch import ClassifierBranch
+from sftk.models.config import WanConfig
 from sftk.models.wan import WanModel
 from sftk.models.weights import DTYPES, build_module
-from sftk.runtime.attention_choice import use_choice
+from sftk.runtime.attention_auto import settle_attention
 from sftk.runtime.device import set_precision
 from sftk.runtime.ema import Ema
 from sftk.runtime.gradients import GradientSync
@@ -101,6 +102,7 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder, mesh:
     recipe, mesh = stage.recipe, mesh or Mesh.single(device)
     check_fp8(recipe, device)
     compiled = compiles(recipe, device)
+    settle_attention(backbones(recipe), recipe.latents, recipe.precision, device, mesh)
     updated = {role for phase in recipe.phases for role in phase.roles}
     modules: dict[str, nn.Module] = {}
     for role, section in recipe.models.items():
@@ -113,7 +115,6 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder, mesh:
         for role, ema in recipe.ema.items()
     }
     dtype = set_precision(recipe.precision)
-    use_choice(device)
     ports: dict[str, Any] = {role: make_port(module, dtype) for role, module in modules.items()}
     for role, section in recipe.models.items():
         if section.ema_of is not None:
@@ -237,9 +238,19 @@ def compiles(recipe: Recipe, device: torch.device) -> bool:
     """
     if recipe.compile != "auto":
         return recipe.compile
-    backbones = [model.config for model in recipe.models.values() if model.size is not None]
-    largest = max((8 * c.dim**2 + 2 * c.dim * c.ffn_dim) * c.num_layers for c in backbones) if backbones else 0
-    return device.type == "cuda" and largest >= COMPILED_FROM
+    weights = [(8 * c.dim**2 + 2 * c.dim * c.ffn_dim) * c.num_layers for c in backbones(recipe)]
+    return device.type == "cuda" and max(weights, default=0) >= COMPILED_FROM
+
+
+def backbones(recipe: Recipe) -> tuple[WanConfig, ...]:
+    """The sizes of a recipe's backbones.
+
+    Example:
+        >>> from sftk.spec.recipe import load_recipe
+        >>> {config.dim for config in backbones(load_recipe("recipes/wan-14b/dmd.yaml")[0].recipe)}
+        {1536, 5120}
+    """
+    return tuple(model.config for model in recipe.models.values() if model.size is not None)
 
 
 def construct(recipe: Recipe, role: str) -> nn.Module:

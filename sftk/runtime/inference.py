@@ -19,6 +19,7 @@ from sftk.models.formats import open_weights
 from sftk.models.tensor_files import split_entry
 from sftk.models.weight_folders import STEM
 from sftk.models.weights import build_model
+from sftk.runtime.attention_auto import settle_attention
 from sftk.runtime.build import weights_file
 from sftk.runtime.checkpoint import AVERAGE, OPTIMIZER, checkpoint_files, last_checkpoint
 from sftk.runtime.device import set_precision
@@ -119,6 +120,7 @@ def make_sampler(options: SampleOptions, recipe: Recipe, config: WanConfig, weig
     """
 
     def load() -> Port:
+        settle_attention([config], options.latents, options.precision, device)
         compute = set_precision(options.precision)
         dtype = options.precision if options.precision in ("bf16", "fp64") else "fp32"
         model = build_model(config, weights=weights, seed=0, dtype=dtype, backend=options.backend, device=device)

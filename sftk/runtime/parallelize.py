@@ -62,7 +62,8 @@ def parallelize(
             block = checkpoint_wrapper(block, checkpoint_fn=through)
             blocks[index] = block
         if compile_blocks:
-            block.compile(fullgraph=True)  # what cannot be compiled is an error, not a block that runs eagerly
+            # What cannot be compiled is an error, not a block that runs eagerly; each length of the context has its own graph.
+            block.compile(fullgraph=True, dynamic=False)
     if compile_blocks:
         limit_recompiles()
     if sharding is not None:

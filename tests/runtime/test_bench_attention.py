@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 
+import attrs
 import pytest
 import torch
 from click.testing import CliRunner
 
 from sftk.cli import main
-from sftk.functional.attention import _auto, attention, attention_mask, set_auto
+from sftk.functional.attention import attention, attention_mask, automatic, set_auto
+from sftk.functional.attention_spans import Spans
 from sftk.functional.layout import Layout
-from sftk.runtime import attention_choice
+from sftk.models import preset
+from sftk.runtime import attention_auto, attention_choice
+from sftk.runtime.attention_auto import settle_attention
 from sftk.runtime.attention_choice import Choice, choice_file, choose, find_choice, save_choice, use_choice
-from sftk.runtime.bench_attention import Heads, Shape, attention_lines, bench_attention, model_shapes, reference
+from sftk.runtime.bench_attention import MOST_EXACT, Heads, Shape, attention_lines, bench_attention, model_shapes, reference
+from sftk.runtime.device import set_precision
 from sftk.spec.recipe import load_recipe
+from sftk.spec.schema import LatentsSection
 
+attention_module = importlib.import_module("sftk.functional.attention")  # its package has a function of that name
 CPU = torch.device("cpu")
 CAUSAL = Shape(
     name="block_causal", queries=12, keys=12, layout=Layout(kind="block_causal", blocks=(1, 2, 3)), tokens_per_frame=2
@@ -25,7 +33,10 @@ CAUSAL = Shape(
 
 def test_shapes_of_a_model():
     (stage,) = load_recipe("benchmarks/dmd_1.3b.yaml")
-    heads, shapes = model_shapes(stage, "generator")
+    recipe = stage.recipe
+    heads, shapes = model_shapes(
+        recipe.models["generator"].config, recipe.latents, batch=recipe.batch.split()[0], precision=recipe.precision
+    )
     assert heads == Heads(batch=1, heads=12, head_dim=128, dtype=torch.bfloat16)
     by_name = {shape.name: shape for shape in shapes}
     assert list(by_name) == ["full", *(f"cached {i}" for i in range(7)), "block_causal", "cross"]
@@ -79,17 +90,32 @@ def test_a_backend_that_fails_leaves_its_error(monkeypatch):
 
 def row(shape, backend, forward, training, error=1e-3):
     times = {name: {"seconds": seconds} for name, seconds in (("forward", forward), ("training", training))}
-    return {"shape": shape, "backend": backend, **times, "errors": {"out": error, "q": error}}
+    errors = {"out": error, "q": error}
+    return {"shape": shape, "keys": KEYS[shape], "backend": backend, **times, "errors": errors}
 
 
-def test_the_fastest_is_chosen_for_each_pass_and_kept(monkeypatch, tmp_path):
+KEYS = {"full": 32760, "cross": 512, "block_causal": 32760}
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture
+def auto():
+    """What `auto` takes, by pass and number of keys; plain again afterwards."""
+    yield lambda *given: {(name, keys): automatic(name, keys) for name in ("forward", "training") for keys in given}
+    set_auto()
+
+
+def report_of(*rows):
+    return {"device": {"name": H100, "torch": torch.__version__}, "rows": list(rows)}
+
+
+def test_the_fastest_exact_backend_is_chosen_kept_and_used(tmp_path, monkeypatch, auto):
     monkeypatch.setenv("SFTK_CACHE", str(tmp_path))
-    monkeypatch.setattr(attention_choice, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(attention_choice, "device_name", lambda device: H100)
     rows = [row("full", "sdpa", 3, 9), row("full", "sdpa_cudnn", 2, 7), row("full", "flash", 1, 8), row("full", "x", 0, 0, 1.0)]
     rows += [{"shape": "full", "backend": "math", "error": "OutOfMemoryError"}, row("cross", "sdpa", 1, 1)]
     rows += [row("block_causal", "flex", 1, 2), row("block_causal", "spans/flash", 2, 1)]
-    report = {"device": {"name": "NVIDIA H100 80GB HBM3", "torch": torch.__version__}, "rows": rows}
-    choice = choose(report)
+    choice = choose(report_of(*rows))
     assert choice.fastest == {
         "full": {"forward": "flash", "training": "sdpa_cudnn"},
         "cross": {"forward": "sdpa", "training": "sdpa"},
@@ -99,24 +125,63 @@ def test_the_fastest_is_chosen_for_each_pass_and_kept(monkeypatch, tmp_path):
     assert find_choice(cuda) is None
     assert save_choice(choice).parent.parent == tmp_path
     assert find_choice(cuda) == choice
-    try:
-        assert use_choice(cuda, ("sdpa", "sdpa_cudnn", "flash")) == {
-            "forward": "flash",
-            "training": "sdpa_cudnn",
-            "layouts": "spans",
-        }
-        assert _auto == {"forward": "flash", "training": "sdpa_cudnn"}
-        assert use_choice(cuda, ("sdpa", "sdpa_cudnn")) == {
-            "forward": "sdpa",  # flash is gone
-            "training": "sdpa_cudnn",
-            "layouts": "spans",
-        }
-        plain = {"forward": "sdpa", "training": "sdpa", "layouts": "flex"}
-        assert use_choice(CPU) == plain
-        choice_file(choice.device, choice.torch).write_text("{")
-        assert use_choice(cuda, ("sdpa", "flash")) == plain
-    finally:
-        set_auto()
+    use_choice(choice, ("sdpa", "sdpa_cudnn", "flash"))
+    assert auto(300, 4680) == {
+        ("forward", 300): "sdpa",
+        ("forward", 4680): "flash",  # nearer to 32760 than to 512, by its ratio
+        ("training", 300): "sdpa",
+        ("training", 4680): "sdpa_cudnn",
+    }
+    use_choice(choice, ("sdpa", "sdpa_cudnn"))  # flash is gone
+    assert auto(32760) == {("forward", 32760): "sdpa", ("training", 32760): "sdpa_cudnn"}
+    choice_file(choice.device, choice.torch).write_text("{")
+    assert find_choice(cuda) is None
+    use_choice(None)
+    assert auto(32760) == {("forward", 32760): "sdpa", ("training", 32760): "sdpa"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "layouts"),
+    [
+        ([row("full", "sdpa_cudnn", 1, 1)], "spans"),
+        ([row("full", "sdpa", 1, 1)], "flex"),
+        ([row("full", "sdpa_cudnn", 1, 1), row("block_causal", "flex", 1, 1)], "flex"),
+        ([row("full", "sdpa", 1, 1), row("block_causal", "spans/sdpa_flash", 1, 1)], "spans"),
+    ],
+)
+def test_layouts_go_where_they_were_faster(rows, layouts, auto, monkeypatch):
+    use_choice(choose(report_of(*rows)), ("sdpa", "sdpa_cudnn", "sdpa_flash"))
+    monkeypatch.setattr(attention_module, "flex_mask", lambda *given: "a mask")  # which needs the device
+    mask = attention_mask(CAUSAL.layout, 2, torch.device("cuda"))
+    assert isinstance(mask, Spans) == (layouts == "spans")
+
+
+def test_a_device_is_measured_once(tmp_path, monkeypatch, auto):
+    """As on CUDA, with a report instead of a measurement."""
+    monkeypatch.setenv("SFTK_CACHE", str(tmp_path))
+    monkeypatch.setattr(attention_choice, "device_name", lambda device: H100)
+    monkeypatch.setattr(attention_choice, "available_backends", lambda: ("sdpa", "sdpa_cudnn"))
+    measured, said = [], []
+
+    def report(heads, shapes, device, repeats):
+        measured.append((heads, [shape.name for shape in shapes]))
+        return report_of(row("full", "sdpa_cudnn", 1, 1))
+
+    monkeypatch.setattr(attention_auto, "bench_attention", report)
+    large, small = (LatentsSection(frames=21, channels=16, height=size, width=size) for size in (60, 4))
+    configs, cuda = [preset("1.3b"), preset("14b")], torch.device("cuda")
+    settle = functools.partial(settle_attention, say=said.append)
+    assert settle(configs, small, "bf16", cuda) is None
+    assert settle(configs, large, "fp32", cuda) is None
+    assert settle(configs, large, "bf16", CPU) is None
+    assert not measured
+    choice = settle(configs, large, "bf16", cuda)
+    assert choice == settle(configs, large, "bf16", cuda) == settle(configs, small, "fp32", cuda)
+    ((heads, shapes),) = measured
+    assert (heads.heads, shapes) == (40, ["full", "cached 0", "cached 3", "cross"])
+    assert len(said) == 1
+    assert auto(32760)["training", 32760] == "sdpa_cudnn"
+    set_precision("fp32")
 
 
 def test_other_versions_have_files_of_their_own(monkeypatch):
@@ -126,7 +191,7 @@ def test_other_versions_have_files_of_their_own(monkeypatch):
 
 
 def test_on_a_cpu_a_choice_changes_nothing():
-    set_auto(forward="flash", training="flash")
+    set_auto(forward={1: "flash"}, training={1: "flash"})
     try:
         x = torch.randn(1, 4, 2, 8, requires_grad=True)
         assert torch.equal(attention(x, x, x), attention(x, x, x, backend="sdpa"))
@@ -148,3 +213,10 @@ def test_the_command(tmp_path, monkeypatch):
     assert Choice(**json.loads(kept.read_text())).fastest.keys() == {"cached 0", "cached 1", "cross"}
     wrong = CliRunner().invoke(main, ["bench", "attention", "--only", "ful"])
     assert (wrong.exit_code, "there is no shape 'ful', only full, cached" in wrong.output) == (2, True)
+
+
+def test_errors_are_found_at_a_shape_that_the_reference_can_hold():
+    full, causal = Shape(name="full", queries=32760, keys=32760), attrs.evolve(CAUSAL, tokens_per_frame=1560)
+    assert full.shrunk(MOST_EXACT).pairs == MOST_EXACT**2
+    assert causal.shrunk(MOST_EXACT).tokens_per_frame == MOST_EXACT // 6
+    assert CAUSAL.shrunk(MOST_EXACT) == CAUSAL
