@@ -24,7 +24,7 @@ from sftk.runtime.attention_auto import settle_attention
 from sftk.runtime.device import set_precision
 from sftk.runtime.ema import Ema
 from sftk.runtime.gradients import GradientSync
-from sftk.runtime.lowp import check_fp8, use_fp8
+from sftk.runtime.lowp import check_fp8, release_weights, use_fp8
 from sftk.runtime.mesh import Mesh
 from sftk.runtime.optim import make_optimizer
 from sftk.runtime.parallelize import Sharding, limit_recompiles, parallelize
@@ -36,6 +36,7 @@ from sftk.spec.arrangement import policies
 from sftk.spec.data_files import found_choice
 from sftk.spec.fetch import how_to_get, missing_files
 from sftk.spec.files import find_file
+from sftk.spec.lowp import gradient_roles
 from sftk.spec.recipe import Stage
 from sftk.spec.schema import ModelSection, Recipe
 from sftk.spec.turns import Turn
@@ -104,11 +105,15 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder, mesh:
     compiled = compiles(recipe, device)
     settle_attention(backbones(recipe), recipe.latents, recipe.precision, device, mesh)
     updated = {role for phase in recipe.phases for role in phase.roles}
+    bound = [(phase, gradient_roles(stage.graphs[phase.name])) for phase in recipe.phases]
+    graded = {phase.models.get(role, role) for phase, roles in bound for role in roles}
     modules: dict[str, nn.Module] = {}
     for role, section in recipe.models.items():
         if section.ema_of is None and not section.ready_made:
             model = _build(stage, role, weights_file(section, stage, earlier), mesh, device, compiled)
             modules[role] = model.requires_grad_(role in updated)
+            if role not in updated and role not in graded and role not in recipe.ema and _sharding(recipe, role, mesh) is None:
+                release_weights(model)
     called = {section.ema_of for section in recipe.models.values()}
     emas = {
         role: Ema(modules[role], ema.decay, ema.start, _copy(stage, role, modules[role], mesh) if role in called else None)

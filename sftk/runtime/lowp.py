@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from sftk.errors import Problem, SpecError
+from sftk.errors import Problem, ShapeError, SpecError
 from sftk.functional.fp8_linear import fp8_linear
 from sftk.functional.packed import Packed, pack
 from sftk.spec.schema import Recipe
@@ -34,10 +34,13 @@ class Fp8Linear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.held: Packed | None = None
+        self.released = False
         self._stamp: tuple[int, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            if self.released:
+                raise ShapeError("a model that keeps its weights in fp8 alone was called with gradient; set its linears: full")
             return super().forward(x)
         weight = pack(self.weight, "fp8") if self.held is None else self.held
         kind = x.device.type
@@ -45,9 +48,16 @@ class Fp8Linear(nn.Linear):
             torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         )
 
+    def release(self) -> None:
+        """Keeps the weight in fp8 alone."""
+        self.refresh()
+        self.released, self.weight = True, nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Rounds the weight again if it was changed since the last time."""
+        if self.released:
+            return
         stamp = (self.weight.data_ptr(), self.weight._version)
         if stamp == self._stamp:
             return
@@ -90,6 +100,22 @@ def use_fp8(model: nn.Module, *, hold: bool) -> nn.Module:
 
         model.register_forward_pre_hook(refresh)
     return model
+
+
+def release_weights(model: nn.Module) -> None:
+    """Lets a backbone that is never trained nor called with gradient keep the weights of its `Fp8Linear` layers in fp8 alone.
+
+    Example:
+        >>> from sftk.models import WanModel, preset
+        >>> model = use_fp8(WanModel(preset("digits")), hold=True)
+        >>> before = sum(p.numel() for p in model.parameters())
+        >>> release_weights(model)
+        >>> sum(p.numel() for p in model.parameters()) < 0.2 * before
+        True
+    """
+    for layer in model.modules():
+        if isinstance(layer, Fp8Linear):
+            layer.release()
 
 
 def check_fp8(recipe: Recipe, device: torch.device) -> None:

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import attrs
 
+from sftk.core.fold import Fold
+from sftk.core.graph import Graph
 from sftk.functional.packed import Storage
 
 Linears = Literal["full", "fp8"]
@@ -33,6 +35,23 @@ class LowpSection:
             ({'kv_cache': 'int8'}, {})
         """
         return {} if self.kv_cache == "full" else {"kv_cache": self.kv_cache}
+
+
+def gradient_roles(graph: Graph | Fold) -> set[str]:
+    """Roles that a graph may call with gradient: those of its nodes but where `grad: false` stands.
+
+    Example:
+        >>> sorted(gradient_roles(Graph.from_spec("specs/dmd_generator.yaml")))
+        ['generator']
+        >>> sorted(gradient_roles(Graph.from_spec("specs/sid_generator.yaml")))
+        ['fake_score', 'generator', 'real_score']
+    """
+    found: set[str] = set()
+    for node in graph.nodes:
+        if node.grad:
+            inner = gradient_roles(node.op) if isinstance(node.op, Graph | Fold) else set(node.op.ports)
+            found |= {role for port, role in node.roles if port in inner}
+    return found
 
 
 @attrs.frozen(kw_only=True)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from sftk.errors import SpecError
+from sftk.errors import ShapeError, SpecError
 from sftk.functional.fp8_linear import fp8_linear
 from sftk.functional.packed import pack, unpack
 from sftk.models import WanModel, preset
 from sftk.runtime import lowp
 from sftk.runtime.build import build_stage
 from sftk.runtime.loader import make_loader
-from sftk.runtime.lowp import Fp8Linear, check_fp8, use_fp8
+from sftk.runtime.lowp import Fp8Linear, check_fp8, release_weights, use_fp8
 from sftk.runtime.optim import make_optimizer
 from sftk.runtime.parallelize import parallelize
 from sftk.runtime.sample_options import role_sampling
@@ -168,6 +168,31 @@ def starts(graph):
             yield node
         elif hasattr(node.op, "nodes"):
             yield from starts(node.op)
+
+
+def test_a_teacher_that_is_never_differentiated_keeps_fp8_alone(wide):
+    """Its weights take a byte each and a scale for each row; a score that SiD differentiates keeps its own, too."""
+    found = {}
+    for released in (True, False):
+        graph = "phases.0.graph=specs/" + ("dmd" if released else "sid") + "_generator.yaml"
+        _, built, step = make(wide, FP8, graph, "phases.0.log=[]")
+        teacher = built.modules["real_score"]
+        assert {layer.released for layer in layers(teacher)} == {released}
+        assert not any(layer.released for role in ("generator", "fake_score") for layer in layers(built.modules[role]))
+        found[released] = sum(parameter.numel() for parameter in teacher.blocks.parameters())
+        assert step(0)["generator/loss"].isfinite()
+        if released:
+            port, arguments = built.ports["real_score"], (torch.randn(1, 3, 4, 8, 8), torch.zeros(1, 3), torch.zeros(1, 4, 32))
+            with pytest.raises(ShapeError, match="in fp8 alone was called with gradient; set its linears: full"):
+                port(*arguments)
+    assert found[True] < 0.1 * found[False]
+
+
+def test_released_weights_compute_the_same():
+    kept, released = use_fp8(random_model(), hold=True), use_fp8(random_model(), hold=True)
+    release_weights(released)
+    with torch.no_grad():
+        assert torch.equal(kept(*ARGUMENTS)[0], released(*ARGUMENTS)[0])
 
 
 def test_a_model_says_otherwise_for_itself(wide):
