@@ -2,7 +2,7 @@
 
 On a machine without a GPU it runs a tiny model on the CPU, where only the estimates and the running are shown, not a peak.
 
-    python benchmarks/plan_check.py                      three settings of benchmarks/dmd_1.3b.yaml
+    python benchmarks/plan_check.py                      three settings of benchmarks/dmd_1.3b.yaml, full checkpoints
     python benchmarks/plan_check.py --tiny               the same at the size of the embedded task
 """
 
@@ -23,6 +23,7 @@ from sftk.runtime.plan_rates import GIB
 from sftk.runtime.step import TrainingStep
 from sftk.spec.recipe import load_recipe
 
+FULL = ("models.generator.checkpoint=full", "models.fake_score.checkpoint=full")
 SETTINGS = {
     "3 frames": ["latents.frames=3"],
     "21 frames": [],
@@ -40,7 +41,7 @@ TINY = "{dim: 96, ffn_dim: 384, num_heads: 3, num_layers: 4, in_dim: 16, out_dim
 
 def measure(overrides: list[str], device: torch.device) -> tuple[float, dict[str, float], Plan]:
     """Peak bytes of steady steps (0 on the CPU), seconds of a step with both phases and of the critic's, and the plan."""
-    (stage,) = load_recipe("benchmarks/dmd_1.3b.yaml", ["phases.generator.every=2", *overrides])
+    (stage,) = load_recipe("benchmarks/dmd_1.3b.yaml", ["phases.generator.every=2", *FULL, *overrides])
     recipe, built = stage.recipe, build_stage(stage, device, {})
     data = source(recipe.data.use)
     shape = {key: getattr(recipe.latents, key) for key in ("frames", "channels", "height", "width")}

@@ -133,8 +133,7 @@ class Block(nn.Module):
         found = attention(queries, text_kv[0].to(queries.dtype), text_kv[1].to(queries.dtype), backend=backend)
         x = x + self.cross_attn.o(found.flatten(2))
 
-        hidden = linear_gelu(self.ffn[0], self.modulate(x, shift2, scale2))
-        x = self.gated(x, self.ffn[2](hidden), gate2)
+        x = self.gated(x, self.ffn[2](linear_gelu(self.ffn[0], self.modulate(x, shift2, scale2))), gate2)
         return x, ((stored, v, *text_kv) if keep_kv else None)
 
     def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
