@@ -13,32 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
+from rank_steps import TINY, Ranks, build_ranks, time_updates
 
-from sftk.runtime.build import build_stage
-from sftk.runtime.device import device_name, pick_device
 from sftk.runtime.join import joined
-from sftk.runtime.loader import make_loader
-from sftk.runtime.mesh import make_mesh
 from sftk.runtime.plan import plan_stage
 from sftk.runtime.plan_rates import GIB
-from sftk.runtime.step import TrainingStep
 from sftk.spec.recipe import Stage, load_recipe
 
 RECIPE = "benchmarks/dmd_1.3b.yaml"
-TINY_SIZE = (
-    "{dim: 96, ffn_dim: 384, num_heads: 4, num_layers: 2, in_dim: 16, out_dim: 16, freq_dim: 96, text_dim: 32, text_len: 4}"
-)
-TINY = [f"models.{role}.size={TINY_SIZE}" for role in ("generator", "real_score", "fake_score")]
-TINY += ["latents.frames=6", "latents.height=8", "latents.width=8", "data.with={text_len: 4, text_dim: 32}", "device=cpu"]
+MINUTES = 30
+"""For each setting, at most."""
 
 
 def stage_of(overrides: list[str]) -> Stage:
@@ -49,53 +37,14 @@ def stage_of(overrides: list[str]) -> Stage:
     return attrs.evolve(stage, recipe=attrs.evolve(stage.recipe, phases=(phase,), optimizers=optimizers))
 
 
-def measure(overrides: list[str], updates: int) -> dict[str, Any]:
-    """Runs on every rank: the seconds and losses of each update after the first two, and the peak memory."""
+def measure(overrides: list[str], updates: int, out: Path) -> None:
+    """Runs on every rank; the first writes down what they found."""
     stage = stage_of(overrides)
-    recipe = stage.recipe
-    with joined(recipe.device, recipe.parallel.timeout) as world:
-        device = pick_device(recipe.device)
-        mesh = make_mesh(recipe, world, device)
-        built = build_stage(stage, device, {}, mesh)
-        with torch.no_grad():  # a fresh model's head is zero, and so would be every loss
-            for module in built.modules.values():
-                module.get_parameter("head.head.weight").fill_(0.02)
-        loader = make_loader(recipe, rank=mesh.data_rank, world=mesh.data_world)
-        step, seconds, losses = TrainingStep(recipe, built, iter(loader)), [], []
-        for number in range(updates + 2):  # the first two allocate the optimiser's states and start the libraries
-            if number == 2 and device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            mesh.sum(torch.zeros(1, device=device))  # all begin together
-            _wait(device)
-            begin = time.perf_counter()
-            metrics = step(number)
-            _wait(device)
-            seconds.append(time.perf_counter() - begin)
-            losses.append(metrics["generator/loss"].item())
-        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-        found = mesh.gather((seconds[2:], peak))
-        slowest = [max(each) for each in zip(*(s for s, _ in found), strict=True)]
-        return {
-            "device": device_name(device),
-            "seconds": [round(s, 3) for s in slowest],
-            "peak_gib": round(max(p for _, p in found) / GIB, 2),
-            "losses": losses[2:],
-            "rank": mesh.rank,
-        }
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def launch(overrides: list[str], ranks: int, updates: int) -> dict[str, Any]:
-    """`measure` in `ranks` processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "found.json"
-        line = ["--standalone", f"--nproc-per-node={ranks}", __file__, "--out", str(out), "--updates", str(updates)]
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", *line, *overrides], check=True)
-        return json.loads(out.read_text())
+    with joined(stage.recipe.device, stage.recipe.parallel.timeout) as world:
+        built, facts = build_ranks(stage, world)
+        for found in time_updates(stage, built, updates):
+            if world.rank == 0:
+                out.write_text(json.dumps(facts | found))
 
 
 def main() -> None:
@@ -104,28 +53,34 @@ def main() -> None:
     parser.add_argument("--degrees", default="1,2", help="numbers of ranks that share a sample")
     parser.add_argument("--updates", type=int, default=4, help="that are timed; more see more exit steps")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU, to try the script")
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rank-out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="of the recipe, such as compile=true")
     given = parser.parse_args()
-    if given.out is not None:  # one of the ranks
-        found = measure(given.overrides, given.updates)
-        if found["rank"] == 0:
-            given.out.write_text(json.dumps(found))
+    if given.rank_out is not None:  # one of the ranks
+        measure(given.overrides, given.updates, given.rank_out)
         return
     alone: list[float] = []
     for degree in map(int, given.degrees.split(",")):
         for shard in ("1",) if degree == 1 else ("1", "all"):
             parallel = [f"parallel.sequence={degree}", f"parallel.shard={shard}"]
             overrides = [*(TINY if given.tiny else []), *parallel, *given.overrides]
-            found = launch(overrides, degree, given.updates)
-            found.pop("rank")
-            seconds = found["seconds"]
+            arguments = ["--updates", str(given.updates), *overrides]
+            found: dict[str, Any] = Ranks(__file__, degree, arguments).result(60 * MINUTES)
+            if "problem" in found:
+                raise SystemExit(found["problem"])
+            seconds = found["seconds"]["generator"]
             alone = alone or seconds
             plan = plan_stage(stage_of(overrides), gpus=degree)
-            planned = {"seconds": round(plan.phases[0].seconds, 3), "gib": round(plan.peak / GIB, 2)}
-            setting = {"sequence": degree, "shard": shard, "torch": torch.__version__}
-            speedup = {"speedup": round(sum(alone) / sum(seconds), 3), "planned": planned}
-            print(json.dumps(setting | found | speedup), flush=True)
+            row = {
+                "sequence": degree,
+                "shard": shard,
+                **{name: found[name] for name in ("device", "torch", "peak_gib")},
+                "seconds": seconds,
+                "losses": found["losses"]["generator"],
+                "speedup": round(sum(alone) / sum(seconds), 3),
+                "planned": {"seconds": round(plan.phases[0].seconds, 3), "gib": round(plan.peak / GIB, 2)},
+            }
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ Counts = dict[tuple[str, int | None], Work]
 """Case and exit step to what it computes."""
 
 
-def count_cases(stage: Stage, names: Sequence[str]) -> Counts:
+def count_cases(stage: Stage, names: Sequence[str], sequence: int = 1) -> Counts:
     """The work of cases: of phases at each of their exit steps, with all micro-batches of an update.
 
     Args:
         stage: from `load_recipe`. names: of the cases; phases that others of them read are counted, too.
+        sequence: ranks that share a sample; the work is that of the first.
 
     Example:
         >>> from sftk.spec.recipe import load_recipe
@@ -29,8 +30,8 @@ def count_cases(stage: Stage, names: Sequence[str]) -> Counts:
         >>> {name: round(work.flops / 1e9, 1) for (name, exit_step), work in counts.items()}
         {'df': 45.1, 'forward': 16.9}
     """
-    alone = attrs.evolve(stage.recipe.parallel, sequence=1)  # one process measures, so it has all tokens of a sample
-    stage = attrs.evolve(stage, recipe=attrs.evolve(stage.recipe, parallel=alone))
+    parallel = attrs.evolve(stage.recipe.parallel, sequence=sequence)  # a benchmark's one process has all tokens of a sample
+    stage = attrs.evolve(stage, recipe=attrs.evolve(stage.recipe, parallel=parallel))
     meta = meta_stage(stage)
     counts: Counts = {}
     times = stage.recipe.batch.split()[1]
