@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from pathlib import Path
 
 import attrs
 import pytest
@@ -372,17 +371,6 @@ def test_several_counts_stand_side_by_side():
         assert (run.exit_code, "is no number of GPUs" in run.output) == (2, True)
     run = CliRunner().invoke(main, ["plan", "recipes/digits/df.yaml", "--gpus", "24,48"])
     assert (run.exit_code, "does not split" in run.output) == (2, True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", ["plan", "distributed"])
-def test_tables_in_the_documentation_are_what_the_command_prints(page):
-    text = Path(f"docs/{page}.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^\$ sftk (plan .*)\n((?:.*\n)*?)```$", text, re.MULTILINE)
-    assert blocks
-    for line, shown in blocks:
-        run = CliRunner().invoke(main, line.split())
-        assert run.output == shown, line
 
 
 def test_the_doctor(tmp_path, monkeypatch):
