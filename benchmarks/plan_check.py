@@ -23,7 +23,7 @@ from sftk.runtime.plan_rates import GIB
 from sftk.runtime.step import TrainingStep
 from sftk.spec.recipe import load_recipe
 
-FULL = ("models.generator.checkpoint=full", "models.fake_score.checkpoint=full")
+FULL = ("models.generator.checkpoint=full", "models.fake_score.checkpoint=full", "models.generator.half_copy=false")
 SETTINGS = {
     "3 frames": ["latents.frames=3"],
     "21 frames": [],

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from sftk.functional.attention import Backend, Mask, attention
 from sftk.functional.cache import CachedKV, LayerKV
 from sftk.functional.exchange import Exchange
-from sftk.functional.linear_gelu import linear_gelu
 from sftk.functional.packed import unpack
 from sftk.models.config import WanConfig
+from sftk.models.linear_gelu import linear_gelu
 from sftk.models.rope import rotate
 
 

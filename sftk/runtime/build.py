@@ -18,6 +18,7 @@ from sftk.data.builtins import ready_made
 from sftk.errors import CheckpointError
 from sftk.models.branch import ClassifierBranch
 from sftk.models.config import WanConfig
+from sftk.models.held_linear import HalfLinear, hold_linears
 from sftk.models.wan import WanModel
 from sftk.models.weights import DTYPES, build_module
 from sftk.runtime.attention_auto import settle_attention
@@ -36,7 +37,7 @@ from sftk.spec.arrangement import policies
 from sftk.spec.data_files import found_choice
 from sftk.spec.fetch import how_to_get, missing_files
 from sftk.spec.files import find_file
-from sftk.spec.lowp import gradient_roles
+from sftk.spec.lowp import gradient_roles, holds_half
 from sftk.spec.recipe import Stage
 from sftk.spec.schema import ModelSection, Recipe
 from sftk.spec.turns import Turn
@@ -168,7 +169,7 @@ def _build(stage: Stage, role: str, weights: Path | None, mesh: Mesh, device: to
 
     def wrap(module: nn.Module) -> nn.Module:
         module = _share(module.to("cpu") if offload and not _on_meta(module) else module, mesh)
-        module = _lowp(recipe, role, module, hold=sharding is None)
+        module = _linears(recipe, role, module, sharded=sharding is not None)
         checkpoint = recipe.models[role].checkpoint
         return parallelize(module, checkpoint=checkpoint, compile_blocks=compiled, sharding=sharding)
 
@@ -189,7 +190,7 @@ def _copy(stage: Stage, role: str, source: nn.Module, mesh: Mesh) -> nn.Module:
     parameter = next(source.parameters())
     with torch.device("meta"):
         module = _share(construct(recipe, role).to(parameter.dtype), mesh)
-    module = _lowp(recipe, role, module, hold=sharding is None)
+    module = _linears(recipe, role, module, sharded=sharding is not None)
     if sharding is not None:  # it changes after every step, and what stayed gathered would not
         sharding = attrs.evolve(sharding, reshard=True)
     module = parallelize(module, sharding=sharding).to_empty(device=parameter.device)
@@ -217,11 +218,12 @@ def _share(module: nn.Module, mesh: Mesh) -> nn.Module:
     return module if group is None else share_sequence(module, SequenceGroup.of(group))
 
 
-def _lowp(recipe: Recipe, role: str, module: nn.Module, *, hold: bool) -> nn.Module:
-    """The module, which computes in fp8 where its role is to."""
+def _linears(recipe: Recipe, role: str, module: nn.Module, *, sharded: bool) -> nn.Module:
+    """The module, whose calls without gradient compute in fp8, or with weights that are held in bfloat16, where it is to."""
     section = recipe.models[role]
-    fp8 = section.size is not None and section.lowp.over(recipe.lowp) == "fp8"
-    return use_fp8(module, hold=hold) if fp8 else module
+    if section.size is not None and section.lowp.over(recipe.lowp) == "fp8":
+        return use_fp8(module, hold=not sharded)
+    return hold_linears(module, HalfLinear) if holds_half(recipe, role) and not sharded else module
 
 
 def _on_meta(module: nn.Module) -> bool:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from sftk.errors import Problem, ShapeError, SpecError
 from sftk.functional.fp8_linear import fp8_linear
 from sftk.functional.packed import Packed, pack
+from sftk.models.held_linear import HeldLinear, hold_linears
 from sftk.spec.schema import Recipe
 
 CAPABILITY = (8, 9)
 """Compute capability from which a GPU multiplies in fp8: Ada and Hopper."""
 
 
-class Fp8Linear(nn.Linear):
+class Fp8Linear(HeldLinear):
     """A linear layer whose calls without gradient multiply in fp8; with gradient it is the layer that it was made from.
 
     Args:
@@ -30,15 +30,19 @@ class Fp8Linear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self.held: Packed | None = None
+        super().__init__(linear)
         self.released = False
-        self._stamp: tuple[int, int] | None = None
+
+    def make(self) -> Packed:
+        """The weight in fp8, with a scale for each row."""
+        return pack(self.weight.detach(), "fp8")
+
+    def parts(self, held: Packed) -> tuple[Tensor, ...]:
+        """Codes and scales."""
+        return held.codes, held.scale
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        if not self.without_gradient:
             if self.released:
                 raise ShapeError("a model that keeps its weights in fp8 alone was called with gradient; set its linears: full")
             return super().forward(x)
@@ -53,20 +57,10 @@ class Fp8Linear(nn.Linear):
         self.refresh()
         self.released, self.weight = True, nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Rounds the weight again if it was changed since the last time."""
-        if self.released:
-            return
-        stamp = (self.weight.data_ptr(), self.weight._version)
-        if stamp == self._stamp:
-            return
-        fresh, self._stamp = pack(self.weight.detach(), "fp8"), stamp
-        if self.held is None or self.held.codes.device != fresh.codes.device:
-            self.held = fresh
-        else:  # the same memory, to which compiled code and CUDA graphs may refer
-            self.held.codes.copy_(fresh.codes)
-            self.held.scale.copy_(fresh.scale)
+        if not self.released:
+            super().refresh()
 
 
 def use_fp8(model: nn.Module, *, hold: bool) -> nn.Module:
@@ -85,21 +79,7 @@ def use_fp8(model: nn.Module, *, hold: bool) -> nn.Module:
         >>> sum(isinstance(layer, Fp8Linear) for layer in model.modules())
         40
     """
-    blocks = model.get_submodule("blocks")
-    layers = [(name, layer) for name, layer in blocks.named_modules() if type(layer) is nn.Linear]
-    made = {name: Fp8Linear(layer) for name, layer in layers}
-    for name, layer in made.items():
-        parent, _, child = name.rpartition(".")
-        setattr(blocks.get_submodule(parent), child, layer)
-    if hold:
-
-        def refresh(*_: object) -> None:
-            if not torch.is_grad_enabled():
-                for layer in made.values():
-                    layer.refresh()
-
-        model.register_forward_pre_hook(refresh)
-    return model
+    return hold_linears(model, Fp8Linear, hold=hold)
 
 
 def release_weights(model: nn.Module) -> None:

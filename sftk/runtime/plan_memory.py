@@ -10,6 +10,7 @@ from sftk.runtime.plan_models import RoleSize
 from sftk.runtime.plan_pass import PhasePass, StagePass
 from sftk.runtime.plan_traffic import gather_bytes
 from sftk.spec.arrangement import Arrangement, policies
+from sftk.spec.lowp import holds_half
 from sftk.spec.schema import Recipe
 
 STATE_BYTES = 2
@@ -22,7 +23,8 @@ class RolePlan:
 
     Args:
         parameters: of the whole model. shards: ranks that hold one copy of it. offload: its shards lie in the host's memory.
-        weights, optimizer, average: this rank's shards, on its device or, with `offload`, in the host's memory.
+        weights, optimizer, average: this rank's shards (weights that are held in bfloat16, too, among them), on its device or,
+            with `offload`, in the host's memory.
         gradients: most that there is at once; on the device.
         gathered: most of its weights that are there at once beside its own, gathered from other ranks.
         until: the end of what frees it: a call of the model, a phase, or only the run.
@@ -83,7 +85,7 @@ def _role(
         parameters=size.parameters,
         shards=shards,
         offload=offload,
-        weights=own * size.bytes_each,
+        weights=own * (size.bytes_each + (2 if holds_half(recipe, role) and not sharded else 0)),
         optimizer=own * state,
         average=own * size.bytes_each if role in recipe.ema else 0.0,
         gradients=gradients,

@@ -110,15 +110,17 @@ def _union(converter: Converter, value: Any, kind: Any) -> Any:
 
 
 def _tagged(kinds: list[Any], value: Any) -> list[Any]:
-    """Of several classes that share a literal field, those whose literal is the value's, or is the default it leaves out."""
+    """Of several classes that a literal field tells apart, those whose literal is the value's, or is the default it leaves out."""
     if len(kinds) < 2 or not all(isinstance(kind, type) and attrs.has(kind) for kind in kinds):
         return kinds
     literals = [
         {key_of(field): field for field in attrs.fields(attrs.resolve_types(kind)) if origin_of(field.type) is Literal}
         for kind in kinds
     ]
-    for key in set.intersection(*map(set, literals)):
+    for key in [key for key in literals[0] if all(key in fields for fields in literals)]:
         tags = [get_args(bare(fields[key].type)) for fields in literals]
+        if len(set(sum(tags, ()))) < sum(map(len, tags)):  # an option that they have in common
+            continue
         try:
             _check(key not in value or value[key] in sum(tags, ()), Literal[sum(tags, ())], value.get(key))
         except InvalidValue as error:

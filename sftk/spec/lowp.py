@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
 from sftk.core.fold import Fold
 from sftk.core.graph import Graph
 from sftk.functional.packed import Storage
+
+if TYPE_CHECKING:
+    from sftk.spec.schema import Recipe
 
 Linears = Literal["full", "fp8"]
 
@@ -72,3 +75,17 @@ class ModelLowp:
             ('full', 'fp8')
         """
         return self.linears or section.linears
+
+
+def holds_half(recipe: Recipe, role: str) -> bool:
+    """Whether a role's blocks keep their weights in bfloat16 besides float32, where they are not sharded.
+
+    Example:
+        >>> from sftk.spec.recipe import load_recipe
+        >>> recipe = load_recipe("recipes/wan-1.3b/dmd.yaml")[0].recipe
+        >>> [role for role in recipe.models if holds_half(recipe, role)]
+        ['generator']
+    """
+    section = recipe.models[role]
+    fp8 = section.size is not None and section.lowp.over(recipe.lowp) == "fp8"
+    return section.half_copy and recipe.precision == "bf16" and not fp8

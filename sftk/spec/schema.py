@@ -79,6 +79,7 @@ class ModelSection:
     backend: Backend = "auto"
     checkpoint: Literal["none", "full", "selective"] = "none"
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
+    half_copy: bool = False
     lowp: ModelLowp = attrs.field(factory=ModelLowp)
     parallel: ModelParallel = attrs.field(factory=ModelParallel)
 
@@ -91,6 +92,8 @@ class ModelSection:
             raise ValueError("a classifier branch has both `branch_of`, the role that it reads, and `branch`, its size")
         if self.branch is not None and self.checkpoint != "none":
             raise ValueError("a classifier branch has no blocks to `checkpoint`; set it on the role that it reads")
+        if self.half_copy and (self.size is None or self.dtype != "fp32"):
+            raise ValueError("`half_copy` is for a model of a size of its own with `dtype: fp32`; leave it out")
         untouched = (self.weights, self.backend, self.checkpoint, self.dtype) == (None, "auto", "none", "fp32")
         if self.ready_made and not (untouched and self.parallel == ModelParallel()):
             kind = "built-in model" if self.codec is None else "codec"

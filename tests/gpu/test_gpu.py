@@ -8,8 +8,8 @@ import torch
 from sftk.functional.attention import UNMASKED, attention, attention_mask, available_backends, exact_derivatives
 from sftk.functional.keys import Key
 from sftk.functional.layout import Layout
-from sftk.functional.linear_gelu import linear_gelu
 from sftk.models import WanConfig, WanModel
+from sftk.models.linear_gelu import linear_gelu
 from sftk.models.text import load_text_encoder
 from sftk.models.vae import WanVae, decode, decode_block
 from sftk.runtime.bench_attention import Heads, Shape, bench_attention

@@ -80,7 +80,7 @@ def report(*rows, name="one"):
         "rows": list(rows),
     }
     versions = {"driver": "580.1", "cuda": "13.0", "torch": "2.11"}
-    auto = {"forward": "sdpa_cudnn", "training": "sdpa"}
+    auto = {"full": {"forward": "sdpa_cudnn", "training": "sdpa"}}
     device = {"type": "cuda", "name": "NVIDIA H100", **versions, "attention": ["sdpa"], "auto": auto}
     return {"device": device, "variants": [variant]}
 

@@ -29,7 +29,7 @@ from sftk.runtime.sequence import SequenceGroup, share_sequence
 from sftk.spec.recipe import load_recipe
 
 BENCHMARK = "benchmarks/dmd_1.3b.yaml"
-FULL = ("models.generator.checkpoint=full", "models.fake_score.checkpoint=full")
+FULL = ("models.generator.checkpoint=full", "models.fake_score.checkpoint=full", "models.generator.half_copy=false")
 CONFIG = WanConfig(dim=64, ffn_dim=160, num_heads=2, num_layers=3, in_dim=4, out_dim=4, freq_dim=32, text_dim=24, text_len=8)
 FRAMES, ROWS, WIDTH, TEXT = 6, 8, 12, 8
 TOKENS = FRAMES * ROWS * WIDTH // 4
@@ -385,3 +385,12 @@ def test_the_doctor(tmp_path, monkeypatch):
     assert (run.exit_code, "asks for 'flash'" in run.output) == (1, True)
     run = CliRunner().invoke(main, ["doctor", "recipes/digits/df.yaml"])
     assert run.exit_code == 0, run.output
+
+
+def test_weights_held_in_half_precision_are_counted():
+    held, plain = (
+        plan_stage(load_recipe(BENCHMARK, [f"models.generator.half_copy={flag}", "latents.frames=3"])[0])
+        for flag in ("true", "false")
+    )
+    assert held.roles["generator"].weights == plain.roles["generator"].weights * 1.5
+    assert held.peak - plain.peak == pytest.approx(held.roles["generator"].weights - plain.roles["generator"].weights)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sftk.functional.attention import is_exact
+from sftk.models.held_linear import HalfLinear
 
 
 @torch.library.custom_op("sftk::linear_gelu", mutates_args=(), device_types="cuda")
@@ -40,9 +41,18 @@ def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
         >>> torch.equal(linear_gelu(layer, x), F.gelu(layer(x), approximate="tanh"))
         True
     """
-    if x.is_cuda and not torch.is_grad_enabled() and not is_exact() and type(layer) is nn.Linear and layer.bias is not None:
+    if x.is_cuda and not torch.is_grad_enabled() and not is_exact():
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-        weight, bias = layer.weight, layer.bias
-        if dtype in (torch.bfloat16, torch.float16) and type(weight) is nn.Parameter:
-            return _fused(x.to(dtype), weight.to(dtype), bias.to(dtype))
+        weight, bias = _plain(layer, dtype)
+        if weight is not None and bias is not None and dtype in (torch.bfloat16, torch.float16):
+            return _fused(x.to(dtype), weight, bias)
     return F.gelu(layer(x), approximate="tanh")
+
+
+def _plain(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a layer that multiplies by them and does nothing else."""
+    if isinstance(layer, HalfLinear):
+        return layer.weights(dtype)
+    if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and layer.bias is not None:
+        return layer.weight.to(dtype), layer.bias.to(dtype)
+    return None, None

@@ -1,0 +1,122 @@
+"""Linear layers that hold their weight in a second form for calls without gradient, made anew when the weight was changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+
+class HeldLinear(nn.Linear):
+    """A linear layer with something in `held` that stands for its weight in calls without gradient.
+
+    With gradient it is the layer that it was made from. Subclasses say what is held, and how it is used.
+
+    Args:
+        linear: gives its weight and bias, which stay the same parameters under the same names.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.held: Any = None
+        self._stamp: tuple[int, int] | None = None
+
+    def make(self) -> Any:
+        """What is to be held, from the weight as it is."""
+        raise NotImplementedError
+
+    def parts(self, held: Any) -> tuple[Tensor, ...]:
+        """The tensors of what is held."""
+        raise NotImplementedError
+
+    @property
+    def without_gradient(self) -> bool:
+        """Whether a call now would carry no gradient."""
+        return not torch.is_grad_enabled() and forward_ad._current_level < 0
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Makes what is held anew if the weight was changed since the last time."""
+        stamp = (self.weight.data_ptr(), self.weight._version)
+        if stamp == self._stamp:
+            return
+        fresh, self._stamp = self.make(), stamp
+        if self.held is None or self.parts(self.held)[0].device != self.parts(fresh)[0].device:
+            self.held = fresh
+            return
+        for old, new in zip(self.parts(self.held), self.parts(fresh), strict=True):
+            old.copy_(new)  # the same memory, to which compiled code and CUDA graphs may refer
+
+
+class HalfLinear(HeldLinear):
+    """A linear layer in float32 that holds its weight and bias in bfloat16 for calls without gradient under autocast.
+
+    Autocast would make the same numbers in each call, and reads six bytes a weight for it.
+
+    Example:
+        >>> layer, x = HalfLinear(nn.Linear(4, 4)), torch.ones(1, 4)
+        >>> layer.refresh()
+        >>> with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ...     torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        True
+    """
+
+    def make(self) -> tuple[Tensor, ...]:
+        """Weight and bias, if there is one."""
+        return tuple(parameter.detach().to(torch.bfloat16) for parameter in (self.weight, self.bias) if parameter is not None)
+
+    def parts(self, held: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """As they are."""
+        return held
+
+    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in the dtype of a call without gradient."""
+        if self.held is not None and dtype == torch.bfloat16 and self.without_gradient:
+            return self.held[0], self.held[1] if len(self.held) > 1 else None
+        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        kind = x.device.type
+        if self.without_gradient and torch.is_autocast_enabled(kind):
+            return F.linear(x, *self.weights(torch.get_autocast_dtype(kind)))
+        return super().forward(x)
+
+
+def hold_linears(model: nn.Module, kind: Callable[[nn.Linear], HeldLinear], *, hold: bool = True) -> nn.Module:
+    """Puts layers that hold a second form of their weight in the place of every linear layer of a backbone's blocks, in place.
+
+    Args:
+        model: has `blocks`; embeddings and the head stay as they are.
+        kind: makes the layer in the place of one.
+        hold: look before each call without gradient whether a weight was changed, and then make what is held.
+
+    Returns:
+        The model.
+
+    Example:
+        >>> from sftk.models import WanModel, preset
+        >>> model = hold_linears(WanModel(preset("digits")), HalfLinear)
+        >>> sum(isinstance(layer, HalfLinear) for layer in model.modules())
+        40
+    """
+    blocks = model.get_submodule("blocks")
+    layers = [(name, layer) for name, layer in blocks.named_modules() if type(layer) is nn.Linear]
+    made = {name: kind(layer) for name, layer in layers}
+    for name, layer in made.items():
+        parent, _, child = name.rpartition(".")
+        setattr(blocks.get_submodule(parent), child, layer)
+    if hold:
+
+        def refresh(*_: object) -> None:
+            if not torch.is_grad_enabled():
+                for layer in made.values():
+                    layer.refresh()
+
+        model.register_forward_pre_hook(refresh)
+    return model
