@@ -110,7 +110,7 @@ def _union(converter: Converter, value: Any, kind: Any) -> Any:
 
 
 def _tagged(kinds: list[Any], value: Any) -> list[Any]:
-    """Of several classes that a literal field tells apart, those whose literal is the value's, or is the default it leaves out."""
+    """Of several classes that a literal field tells apart, those whose literal is the value's or, left out, the default."""
     if len(kinds) < 2 or not all(isinstance(kind, type) and attrs.has(kind) for kind in kinds):
         return kinds
     literals = [

@@ -365,3 +365,20 @@ def test_unstructure():
     }
     assert unstructure((Precision.BF16, Mode.REPLAY, frozenset({2, 1}))) == ["bf16", "replay", [1, 2]]
     assert type(unstructure(Mode.REPLAY)) is str
+
+
+def test_an_option_that_classes_share_does_not_tell_them_apart():
+    @attrs.frozen
+    class One:
+        cache: Literal["full", "half"] = "full"
+        kind: Literal["one"] = "one"
+        x: int = 0
+
+    @attrs.frozen
+    class Two:
+        cache: Literal["full", "half"] = "full"
+        kind: Literal["two"] = "two"
+
+    assert structure({"kind": "two", "cache": "half"}, One | Two) == Two(cache="half")
+    with pytest.raises(SpecError, match="unknown key 'x'"):
+        structure({"kind": "two", "x": 1}, One | Two)
