@@ -88,4 +88,4 @@ def holds_half(recipe: Recipe, role: str) -> bool:
     """
     section = recipe.models[role]
     fp8 = section.size is not None and section.lowp.over(recipe.lowp) == "fp8"
-    return section.half_copy and recipe.precision == "bf16" and not fp8
+    return section.half_copy and section.dtype == "fp32" and recipe.precision == "bf16" and not fp8

@@ -92,8 +92,8 @@ class ModelSection:
             raise ValueError("a classifier branch has both `branch_of`, the role that it reads, and `branch`, its size")
         if self.branch is not None and self.checkpoint != "none":
             raise ValueError("a classifier branch has no blocks to `checkpoint`; set it on the role that it reads")
-        if self.half_copy and (self.size is None or self.dtype != "fp32"):
-            raise ValueError("`half_copy` is for a model of a size of its own with `dtype: fp32`; leave it out")
+        if self.half_copy and self.size is None:
+            raise ValueError("`half_copy` is for a model of a size of its own; leave it out")
         untouched = (self.weights, self.backend, self.checkpoint, self.dtype) == (None, "auto", "none", "fp32")
         if self.ready_made and not (untouched and self.parallel == ModelParallel()):
             kind = "built-in model" if self.codec is None else "codec"
