@@ -39,6 +39,7 @@ class DataSource:
             its option `text` says how.
         codec: latents to pictures and back; None when it has none, or when its option `codec` says which.
         fps: frames a second at which its videos are shown.
+        encodes: its samples are made with its codec; else that is for showing them, and for `sftk sample`.
         sample_shape: channels, height and width of its latents, or None when they depend on the data.
         needs_shape: `make` takes channels, height and width as well.
         settings: an attrs class of the options; `make` then takes an instance as its first argument.
@@ -53,6 +54,7 @@ class DataSource:
     embed: Callable[..., Tensor] | None = None
     codec: Codec | None = None
     fps: int = 16
+    encodes: bool = False
     sample_shape: tuple[int, int, int] | None = None
     needs_shape: bool = False
     settings: type[Any] | None = None
@@ -121,7 +123,7 @@ SOURCES: dict[str, DataSource] = {
     "prompts": DataSource(make=Prompts, keys=TEXT_KEYS, shapes=prompts_shapes),
     "latents": DataSource(make=StoredLatents, keys=("latents", *TEXT_KEYS), needs_shape=True, shapes=latents_shapes),
     "image_captions": DataSource(
-        make=ImageCaptions, keys=("initial_latents", *TEXT_KEYS), needs_shape=True, shapes=image_shapes
+        make=ImageCaptions, keys=("initial_latents", *TEXT_KEYS), needs_shape=True, shapes=image_shapes, encodes=True
     ),
     "ode_pairs": DataSource(
         make=open_pairs,

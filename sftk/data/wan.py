@@ -20,6 +20,10 @@ from sftk.models.vae_tiles import Tiles
 
 Made = TypeVar("Made")
 DType = Literal["fp32", "bf16", "fp16"]
+VAE_WEIGHTS = {16: 126_892_531, 48: 704_688_668}
+"""Weights of the VAEs of Wan 2.1 and of Wan 2.2's 5B, by their latent channels."""
+TEXT_WEIGHTS = 5_680_910_336
+"""Weights of the encoder of UMT5-XXL."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LOADED: dict[Any, Any] = {}
 """What this process has loaded, by what it was loaded from: options that say the same share one copy."""
@@ -81,7 +85,9 @@ class WanVaeCodec:
             CheckpointError: its files are missing or broken.
             DataError: it is of other sizes than the options say.
         """
-        vae: WanVae = _load_once(attrs.evolve(self, chunk=1), self._load)
+        return self._sized(_load_once(attrs.evolve(self, chunk=1), lambda: self._load(pick_device(self.device))))
+
+    def _sized(self, vae: WanVae) -> WanVae:
         found = (vae.channels, vae.factor, vae.temporal_factor)
         if found != (self.channels, self.factor, self.temporal_factor):
             names = ("channels", "factor", "temporal_factor")
@@ -89,9 +95,32 @@ class WanVaeCodec:
             raise DataError(f"the VAE at {self.path} is of other sizes than the codec's options; set {sizes}")
         return vae
 
-    def _load(self) -> WanVae:
-        device, dtype = pick_device(self.device), _DTYPES[self.dtype]
+    def _load(self, device: torch.device) -> WanVae:
+        dtype = _DTYPES[self.dtype]
         return load_vae(Path(self.path), device=device, dtype=dtype, tiles=self.tiles(), slicing=self.slicing)
+
+    def inspect(self) -> int:
+        """How many weights it has, from the names and shapes in its files, which are checked; no value is read.
+
+        Raises:
+            CheckpointError, DataError: see `vae`.
+        """
+        return _count(self._sized(self._load(torch.device("meta"))).module)
+
+    @property
+    def published(self) -> int:
+        """How many weights Wan's VAE with as many latent channels has."""
+        return VAE_WEIGHTS.get(self.channels, VAE_WEIGHTS[16])
+
+    @property
+    def bytes_each(self) -> int:
+        """Of a weight in memory."""
+        return _DTYPES[self.dtype].itemsize
+
+    @property
+    def on_device(self) -> bool:
+        """Whether it lies on the GPU where there is one."""
+        return self.device != "cpu"
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -173,20 +202,45 @@ class Umt5Embedder:
             CheckpointError: its files are missing or broken.
             DataError: it has another width than the options say.
         """
-        encoder: TextEncoder = _load_once(self, self._load)
+        return self._sized(_load_once(self, lambda: self._load(pick_device(self.device), self.offload)))
+
+    def _sized(self, encoder: TextEncoder) -> TextEncoder:
         if encoder.width != self.text_dim:
             raise DataError(f"the text encoder at {self.path} has rows of {encoder.width}; set text_dim: {encoder.width}")
         return encoder
 
-    def _load(self) -> TextEncoder:
+    def _load(self, device: torch.device, offload: bool) -> TextEncoder:
         return load_text_encoder(
             Path(self.path),
             tokenizer=None if self.tokenizer is None else Path(self.tokenizer),
             tokens=self.text_len,
-            device=pick_device(self.device),
+            device=device,
             dtype=_DTYPES[self.dtype],
-            offload=self.offload,
+            offload=offload,
         )
+
+    def inspect(self) -> int:
+        """How many weights it has, from the names and shapes in its files, which are checked, as the tokenizer is.
+
+        Raises:
+            CheckpointError, DataError: see `encoder`.
+        """
+        return _count(self._sized(self._load(torch.device("meta"), False)).module)
+
+    @property
+    def published(self) -> int:
+        """How many weights the encoder of UMT5-XXL has."""
+        return TEXT_WEIGHTS
+
+    @property
+    def bytes_each(self) -> int:
+        """Of a weight in memory."""
+        return _DTYPES[self.dtype].itemsize
+
+    @property
+    def on_device(self) -> bool:
+        """Whether it lies on the GPU where there is one."""
+        return self.device != "cpu" and not self.offload
 
     def rows(self, prompts: Sequence[str]) -> list[Tensor]:
         """[n, text_dim] of each prompt, at its true length."""
@@ -263,3 +317,7 @@ def _load_once(key: Any, load: Callable[[], Made]) -> Made:
     if key not in _LOADED:
         _LOADED[key] = load()
     return _LOADED[key]
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sftk.errors import CheckpointError
 from sftk.models.tensor_files import Stored, read_pickle, read_safetensors, stream
-from sftk.models.weight_folders import read_folder
+from sftk.models.weight_folders import read_folder, shown_contents
 
 _LISTED = 12
 
@@ -41,8 +41,7 @@ def map_folder(folder: Path, stem: str) -> dict[str, Tensor]:
         CheckpointError: there is no such file, a shard is missing or broken, or the index and the shards disagree.
     """
     if not any((*folder.glob(f"{stem}*.safetensors"), *folder.glob(f"{stem}*.index.json"))):
-        present = ", ".join(sorted(path.name for path in folder.iterdir()))
-        raise CheckpointError(f"{folder} holds no {stem}*.safetensors; it holds {present}")
+        raise CheckpointError(f"{folder} holds no {stem}*.safetensors, only {shown_contents(folder)}; download it again")
     return _mapped(read_folder(folder, stem))
 
 

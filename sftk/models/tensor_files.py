@@ -6,6 +6,7 @@ import functools
 import json
 import pickle
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ MAPPED_AT_ONCE = 1 << 30
 """Bytes of tensors that are read before a file is mapped anew, which lets go of the pages read so far."""
 
 _ZIP = b"PK\x03\x04"
+_POINTER = b"version https://git-lfs."
+_POINTED = "a Git LFS pointer and not the file itself; fetch it with `git lfs pull`, or download it with `hf download`"
 TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -219,7 +222,13 @@ def _load(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"no weight file {path}; expected a file that torch.save wrote")
     with path.open("rb") as file:
-        mapped = file.read(4) == _ZIP  # PyTorch before 1.6 wrote files that cannot be mapped
+        start = file.read(len(_POINTER))
+    if start == _POINTER:
+        raise CheckpointError(f"{path} is {_POINTED}")
+    mapped = start[:4] == _ZIP  # PyTorch before 1.6 wrote files that cannot be mapped
+    if mapped and not zipfile.is_zipfile(path):
+        size = path.stat().st_size
+        raise CheckpointError(f"{path} is not a whole PyTorch file: it is truncated after {size} bytes; copy it again")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
@@ -271,6 +280,9 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
     """The library's message, with the sizes when the file is shorter than its header promises."""
     size = path.stat().st_size
     with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            return f"it is {_POINTED}"
+        file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         try:
             header = json.loads(file.read(length)) if length < size else {}

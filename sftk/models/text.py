@@ -18,7 +18,7 @@ from sftk.errors import CheckpointError
 from sftk.models.config_files import CLASSES as BACKBONES
 from sftk.models.mapped import assign_weights, map_file, map_folder
 from sftk.models.text_keys import encoder_config, to_transformers
-from sftk.models.weight_folders import holds_config, read_json
+from sftk.models.weight_folders import holds_config, read_json, shown_contents
 
 WAN_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 WAN_TOKENIZER = "google/umt5-xxl"
@@ -167,7 +167,7 @@ def _find_encoder(path: Path) -> Path:
     for place in (path / "text_encoder", path / WAN_FILE, path):
         if place.is_file() or holds_config(place, BACKBONES):
             return place
-    found = "is no folder" if not path.is_dir() else "holds none of them"
+    found = f"holds only {shown_contents(path)}" if path.is_dir() else "is no folder"
     raise CheckpointError(f"no text encoder at {path}, which {found}; expected text_encoder/config.json, or {WAN_FILE}")
 
 
@@ -189,7 +189,7 @@ def _load_tokenizer(library: Any, folder: Path) -> Any:
     try:
         return library.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many kinds
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}; download it again") from error
 
 
 def _read_config(library: Any, folder: Path) -> Any:

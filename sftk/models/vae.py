@@ -20,7 +20,7 @@ from sftk.models.config_files import CLASSES as BACKBONES
 from sftk.models.mapped import assign_weights, map_file, map_folder
 from sftk.models.vae_keys import to_diffusers, vae_config
 from sftk.models.vae_tiles import WHOLE, Tiles, join_tiles, split_tiles
-from sftk.models.weight_folders import holds_config, read_json
+from sftk.models.weight_folders import holds_config, read_json, shown_contents
 
 WAN_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 TEMPORAL_FACTOR = 4
@@ -151,7 +151,7 @@ def find_vae(path: Path) -> Path:
     for place in candidates:
         if place.is_file() or holds_config(place, BACKBONES):
             return place
-    found = "is no folder" if not path.is_dir() else "holds none of them"
+    found = f"holds only {shown_contents(path)}" if path.is_dir() else "is no folder"
     raise CheckpointError(
         f"no VAE at {path}, which {found}; expected config.json with diffusion_pytorch_model.safetensors, "
         f"such a folder named vae/, or {' or '.join(WAN_FILES)}"

@@ -26,7 +26,7 @@ def transformer_folder(path: Path) -> Path:
     for folder in (path, path / "transformer"):
         if any(folder.glob(f"{STEM}*.safetensors")) or any(folder.glob(f"{STEM}*.index.json")):
             return folder
-    there = sorted(f"{item.name}/" if item.is_dir() else item.name for item in path.iterdir() if not item.name.startswith("."))
+    there = _contents(path)
     inside = sorted({str(file.parent.relative_to(path)) for file in path.glob(f"*/{STEM}*.safetensors")})
     if inside:
         hint = f"name one of {', '.join(inside)} in it"
@@ -36,8 +36,24 @@ def transformer_folder(path: Path) -> Path:
         hint = f"to take a file, name it: {path / files[0]}"
     else:
         hint = "name the folder of a Wan 2.1 transformer"
-    shown = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
-    raise CheckpointError(f"{path} holds no {STEM}*.safetensors, only {shown or 'nothing'}; {hint}")
+    raise CheckpointError(f"{path} holds no {STEM}*.safetensors, only {shown_contents(path)}; {hint}")
+
+
+def shown_contents(folder: Path) -> str:
+    """What a folder holds, for a message: the first names, and how many more there are.
+
+    Example:
+        >>> import tempfile
+        >>> shown_contents(Path(tempfile.mkdtemp()))
+        'nothing'
+    """
+    there = _contents(folder)
+    return (", ".join(there[:8]) or "nothing") + (f" and {len(there) - 8} more" if len(there) > 8 else "")
+
+
+def _contents(folder: Path) -> list[str]:
+    found = (item for item in folder.iterdir() if not item.name.startswith("."))
+    return sorted(f"{item.name}/" if item.is_dir() else item.name for item in found)
 
 
 def read_folder(folder: Path, stem: str = STEM) -> dict[str, Stored]:

@@ -62,6 +62,26 @@ def load_weights(model: nn.Module, path: Path, here: Here = lambda tensor: (tens
     Raises:
         CheckpointError: the file is missing, broken or of another model; the message lists what does not fit.
     """
+    source, own = check_weights(model, path)
+    held = {name: here(tensor) for name, tensor in own.items()}
+    with torch.no_grad():
+        for name, tensor in source.tensors({name: rows for name, (_, rows) in held.items()}):
+            held[name][0].copy_(tensor)
+
+
+def check_weights(model: nn.Module, path: Path) -> tuple[WeightSource, dict[str, Tensor]]:
+    """That a model takes the weights at a path, by their names and shapes; no value is read.
+
+    Args:
+        model: may be on the meta device.
+        path: see `load_weights`.
+
+    Returns:
+        The weights, and the model's own tensors that they are for.
+
+    Raises:
+        CheckpointError: see `load_weights`.
+    """
     source = open_weights(path)
     own = model.state_dict()
     for part in getattr(model, "added_parts", ()):
@@ -72,10 +92,7 @@ def load_weights(model: nn.Module, path: Path, here: Here = lambda tensor: (tens
     check_fit(own, source.stored, path)
     if isinstance(model, WanModel) and source.settings is not None:
         _check_config(model.config, source)
-    held = {name: here(tensor) for name, tensor in own.items()}
-    with torch.no_grad():
-        for name, tensor in source.tensors({name: rows for name, (_, rows) in held.items()}):
-            held[name][0].copy_(tensor)
+    return source, own
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

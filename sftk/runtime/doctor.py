@@ -11,14 +11,20 @@ from typing import Literal
 import attrs
 import torch
 
+from sftk.errors import SftkError
 from sftk.functional.attention import available_backends
 from sftk.runtime.plan import plan_stage
 from sftk.runtime.plan_rates import GIB
+from sftk.runtime.readable import inspect_reader
 from sftk.spec.fetch import NamedFile, how_to_get, recipe_files
+from sftk.spec.readers import Reader, recipe_readers
 from sftk.spec.recipe import Stage
 
 LIBRARIES = ("torch", "tensordict", "safetensors", "lmdb", "av", "transformers", "diffusers", "torchao", "huggingface_hub")
 """What runs use; the last four only where a recipe asks for it."""
+
+
+_SAMPLING = ", only to sample"
 
 
 @attrs.frozen(kw_only=True)
@@ -38,24 +44,43 @@ def examine(stage: Stage) -> Iterator[Finding]:
     Example:
         >>> from sftk.spec.recipe import load_recipe
         >>> found = list(examine(load_recipe("recipes/digits/df.yaml")[0]))
-        >>> [finding.kind for finding in found if "assets/digits/teacher" in finding.text]
-        ['ok']
+        >>> [finding.text for finding in found if finding.text.startswith("models.")]
+        ['models.denoiser: 0.7 M weights, which fit']
     """
     for file in recipe_files(stage):
         yield _file(file, stage)
+    for reader in recipe_readers(stage.recipe):
+        yield from _reader(reader, stage)
     yield Finding(kind="ok", text=_libraries())
     yield from _devices(stage)
 
 
 def _file(file: NamedFile, stage: Stage) -> Finding:
-    users = ", ".join(file.used_by)
+    what = f"{file.name} ({', '.join(file.used_by)}){_SAMPLING * file.sampling}"
     if file.path is None:
         how = how_to_get(file.folder or file.name, stage.recipe.fetch)
-        return Finding(kind="missing", text=f"{file.name} ({users}): not here\n{'':10}{how}")
+        return Finding(kind=_lacks(file.sampling), text=f"{what}: not here\n{'':10}{how}")
     size = _size(file.path)
     if size == 0:
-        return Finding(kind="missing", text=f"{file.name} ({users}): {file.path} is empty; download it again")
-    return Finding(kind="ok", text=f"{file.name} ({users}): {size / GIB:.3f} GiB")
+        return Finding(kind=_lacks(file.sampling), text=f"{what}: {file.path} is empty; download it again")
+    return Finding(kind="ok", text=f"{what}: {size / GIB:.3f} GiB")
+
+
+def _reader(reader: Reader, stage: Stage) -> Iterator[Finding]:
+    """What one reader finds in its files, when they are here."""
+    what = f"{'.'.join(map(str, reader.place))}{_SAMPLING * reader.sampling}"
+    try:
+        count = inspect_reader(reader, stage)
+    except SftkError as error:
+        yield Finding(kind=_lacks(reader.sampling), text=f"{what}: {str(error).replace(chr(10), chr(10) + ' ' * 10)}")
+        return
+    if count is not None:
+        yield Finding(kind="ok", text=f"{what}: {count / 1e6:.1f} M weights, which fit")
+
+
+def _lacks(sampling: bool) -> Literal["note", "missing"]:
+    """What it is that something is not here: a run stops only for what training reads."""
+    return "note" if sampling else "missing"
 
 
 def _size(path: Path) -> int:

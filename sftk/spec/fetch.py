@@ -11,8 +11,8 @@ import attrs
 
 from sftk.errors import DataError, SpecError
 from sftk.models.tensor_files import split_entry
-from sftk.spec.data_files import choice_files, named_files
 from sftk.spec.files import find_file
+from sftk.spec.readers import recipe_readers
 from sftk.spec.schema import FetchSection
 
 if TYPE_CHECKING:
@@ -28,12 +28,14 @@ class NamedFile:
         used_by: the places in the recipe, such as `models.generator`.
         path: where it is, or None.
         folder: of the recipe's `fetch` that brings it, or None.
+        sampling: only `sftk sample` reads it, and no training.
     """
 
     name: str
     used_by: tuple[str, ...]
     path: Path | None
     folder: str | None
+    sampling: bool = False
 
 
 def fetchable(fetch: Mapping[str, FetchSection]) -> dict[str, str]:
@@ -75,34 +77,36 @@ def recipe_files(stage: Stage) -> tuple[NamedFile, ...]:
     """
     recipe = stage.recipe
     used: dict[str, list[str]] = {}
-    for role, model in recipe.models.items():
-        if model.weights is not None:
-            used.setdefault(model.weights, []).append(f"models.{role}")
-        for path, name in choice_files("codec", model.codec):
-            used.setdefault(name, []).append(".".join(("models", role, "codec", *map(str, path))))
-    for path, name in named_files(recipe.data.use, recipe.data.with_):
-        used.setdefault(name, []).append(".".join(("data", "with", *map(str, path))))
+    training: set[str] = set()
+    for reader in recipe_readers(recipe):
+        for place, name in reader.names.items():
+            used.setdefault(name, []).append(".".join(map(str, place)))
+            training |= set() if reader.sampling else {name}
     found = []
     for name, places in used.items():
+        folder = download_of(name, recipe.fetch)
         try:
             path, _ = split_entry(find_file(name, stage.path))
         except SpecError:
-            if download_of(name, recipe.fetch) is None:
+            if folder is None:
                 continue
             path = None
-        found.append(NamedFile(name=name, used_by=tuple(places), path=path, folder=download_of(name, recipe.fetch)))
+        found.append(NamedFile(name=name, used_by=tuple(places), path=path, folder=folder, sampling=name not in training))
     return tuple(found)
 
 
-def missing_files(stage: Stage) -> tuple[NamedFile, ...]:
-    """Files of a stage that must be downloaded or made first.
+def missing_files(stage: Stage, *, sampling: bool = False) -> tuple[NamedFile, ...]:
+    """Files of a stage that must be downloaded or made before it trains.
+
+    Args:
+        sampling: also those that only `sftk sample` reads.
 
     Example:
         >>> from sftk.spec.recipe import load_recipe
         >>> missing_files(load_recipe("recipes/dmd.yaml")[0])
         ()
     """
-    return tuple(file for file in recipe_files(stage) if file.path is None)
+    return tuple(file for file in recipe_files(stage) if file.path is None and (sampling or not file.sampling))
 
 
 def require_files(stage: Stage) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
-from sftk.data.choices import choice_findings
+from sftk.data.choices import Choice, choice_findings
 from sftk.data.codecs import CODECS, make_codec
 from sftk.data.embedders import EMBEDDERS, make_embedder
 from sftk.errors import DataError, did_you_mean
@@ -23,9 +23,14 @@ def sample_files(section: SampleSection) -> Places:
         >>> list(sample_files(SampleSection(codec={"use": "wan_vae", "with": {"path": "vae"}})))
         [(('codec', 'with', 'path'), 'vae')]
     """
-    for option, choice in (("text", section.text), ("codec", section.codec)):
+    for option, choice in sample_choices(section):
         for path, name in choice_files(option, choice):
             yield (option, *path), name
+
+
+def sample_choices(section: SampleSection) -> tuple[tuple[str, Choice | None], ...]:
+    """What embeds prompts and what decodes latents, by the key of each."""
+    return ("text", section.text), ("codec", section.codec)
 
 
 def sample_findings(recipe: Recipe) -> Iterator[Finding]:

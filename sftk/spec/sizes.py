@@ -12,7 +12,7 @@ from sftk.errors import CheckpointError, Problem, SpecError
 from sftk.models.config import WanConfig
 from sftk.models.weights import read_config
 from sftk.spec.document import Document
-from sftk.spec.fetch import download_of
+from sftk.spec.fetch import download_of, how_to_get
 from sftk.spec.files import find_file
 from sftk.spec.schema import AUTO, Recipe
 
@@ -44,11 +44,11 @@ def fill_sizes(
             try:
                 size = read_config(find_file(section.weights, path))
             except SpecError:
-                if download_of(section.weights, recipe.fetch) is not None:
+                folder = download_of(section.weights, recipe.fetch)
+                if folder is not None:
                     message = f"the size is read from {section.weights!r}, which is not here yet"
-                    problems.append(
-                        document.problem(("models", role, "size"), message, "download it with `sftk fetch`, or name a size")
-                    )
+                    hint = f"name a size, or {how_to_get(folder, recipe.fetch)}"
+                    problems.append(document.problem(("models", role, "size"), message, hint))
                 continue
             except CheckpointError as error:
                 problems.append(document.problem(("models", role, "weights"), str(error), None))

@@ -82,9 +82,17 @@ def test_truncated_files(make_wan, wan_folder, tmp_path):
     torch.save({"generator": make_wan().state_dict()}, tmp_path / "m.pt")
     short = (tmp_path / "m.pt").read_bytes()[:-5000]
     (tmp_path / "m.pt").write_bytes(short)
-    assert re.search(
-        rf"m\.pt is not a whole PyTorch file \({len(short)} bytes\): .*; copy it again$", message(tmp_path / "m.pt")
-    )
+    whole_end = f"m.pt is not a whole PyTorch file: it is truncated after {len(short)} bytes; copy it again"
+    assert message(tmp_path / "m.pt").endswith(whole_end)
+    torch.save({"a": torch.zeros(999)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "old.pt").write_bytes((tmp_path / "old.pt").read_bytes()[:-100])
+    assert re.search(r"old\.pt is not a whole PyTorch file \(\d+ bytes\): .*; copy it again$", message(tmp_path / "old.pt"))
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pth"])
+def test_pointers_of_git_lfs(tmp_path, name):
+    (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 5676070424\n")
+    assert "is a Git LFS pointer and not the file itself; fetch it with `git lfs pull`, or" in message(tmp_path / name)
 
 
 class Malicious:
@@ -274,9 +282,9 @@ def test_a_shard_of_another_model_is_named(make_wan, wan_folder, tmp_path):
 
 def test_a_backbones_folder_holds_no_vae_and_no_text_encoder(make_wan, wan_folder, tmp_path):
     folder = wan_folder(tmp_path / "wan", make_wan())
-    with pytest.raises(CheckpointError, match=r"no VAE at .*wan, which holds none of them; .*Wan2.1_VAE.pth or Wan2.2_VAE.pth"):
+    with pytest.raises(CheckpointError, match=r"no VAE at .*wan, which holds only config.json, .*; .*Wan2.1_VAE.pth or"):
         find_vae(folder)
     with pytest.raises(
-        CheckpointError, match=r"no text encoder at .*wan, which holds none of them; .*models_t5_umt5-xxl-enc-bf16"
+        CheckpointError, match=r"no text encoder at .*wan, which holds only config.json, .*; .*models_t5_umt5-xxl-enc-bf16"
     ):
         load_text_encoder(folder)

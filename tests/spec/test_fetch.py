@@ -30,10 +30,12 @@ def test_what_is_not_here_is_named_with_its_users():
     missing = {file.name: file.used_by for file in missing_files(stage)}
     assert missing == {
         INIT: ("models.generator",),
-        "wan_models/Wan2.1-T2V-1.3B": ("models.real_score", "models.fake_score"),
+        "wan_models/Wan2.1-T2V-1.3B": (
+            "models.real_score", "models.fake_score", "sample.text.with.path", "sample.codec.with.path",
+        ),
         PROMPTS: ("data.with.path",),
         "data/vidprom_embeds": ("data.with.text.with.path",),
-    }
+    }  # fmt: skip
     output = CliRunner().invoke(main, ["check", RECIPE]).output
     assert f"not here yet: {INIT} (models.generator); download it: hf download gdhe17/Self-Forcing checkpoints/" in output
     assert "not here yet: data/vidprom_embeds (data.with.text.with.path); make it: sftk data embed prompts/" in output
@@ -45,7 +47,9 @@ def test_what_is_here_is_found(tmp_path):
     assert [file.name for file in missing_files(stage)] == [INIT, PROMPTS, "data/vidprom_embeds"]
     assert [file.path is not None for file in recipe_files(stage)] == [False, True, False, False]
     downloads, embed = CliRunner().invoke(main, ["fetch", RECIPE]).output.split("sftk data embed ")
+    whole = f"{tmp_path}/wan_models/Wan2.1-T2V-1.3B holds no diffusion_pytorch_model*.safetensors, only nothing"
     assert downloads == (
+        f"hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir wan_models/Wan2.1-T2V-1.3B  # here, but {whole}\n"
         "hf download gdhe17/Self-Forcing checkpoints/ode_init.pt --local-dir wan_models/self_forcing\n"
         "hf download gdhe17/Self-Forcing vidprom_filtered_extended.txt --local-dir prompts\n"
     )

@@ -76,7 +76,7 @@ def test_a_download_that_is_not_here_yet():
     value["fetch"] = {"nowhere/wan": {"repo": "someone/wan"}}
     value["models"]["generator"] |= {"size": "auto", "weights": "nowhere/wan"}
     with pytest.raises(
-        SpecError, match=r"the size is read from 'nowhere/wan', which is not here yet .*; download it with `sftk fet"
+        SpecError, match=r"the size is read from 'nowhere/wan', which is not here yet .*; name a size, or download it: hf"
     ):
         load_recipe(value)
 
