@@ -378,7 +378,8 @@ def test_the_doctor(tmp_path, monkeypatch):
     (tmp_path / "wan_models" / "Wan2.1-T2V-1.3B").mkdir(parents=True)
     (tmp_path / "wan_models" / "Wan2.1-T2V-1.3B" / "config.json").write_bytes(b"x" * 2**20)
     run = CliRunner().invoke(main, ["doctor", "recipes/wan-1.3b/tf.yaml"])
-    assert "ok      wan_models/Wan2.1-T2V-1.3B (models.denoiser, data.with.codec.with.path): 0.001 GiB" in run.output
+    users = "models.denoiser, data.with.codec.with.path, sample.text.with.path, sample.codec.with.path"
+    assert f"ok      wan_models/Wan2.1-T2V-1.3B ({users}): 0.001 GiB" in run.output
     assert f"torch {torch.__version__}" in run.output
     assert "attention: sdpa, math, flex" in run.output
     run = CliRunner().invoke(main, ["doctor", "recipes/wan-1.3b/tf.yaml", "models.denoiser.backend=flash"])
