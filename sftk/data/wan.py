@@ -220,12 +220,13 @@ class Umt5Embedder:
         )
 
     def inspect(self) -> int:
-        """How many weights it has, from the names and shapes in its files, which are checked, as the tokenizer is.
+        """How many weights it has, from the names and shapes in its files, which are checked, as the tokenizer is; the files
+        are mapped, and no value is read.
 
         Raises:
             CheckpointError, DataError: see `encoder`.
         """
-        return _count(self._sized(self._load(torch.device("meta"), False)).module)
+        return _count(self._sized(self._load(torch.device("cpu"), True)).module)
 
     @property
     def published(self) -> int:

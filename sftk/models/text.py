@@ -155,6 +155,7 @@ def load_text_encoder(
     with torch.device("meta"):
         module = library.UMT5EncoderModel(config)
     assign_weights(module, weights, place)
+    module.encoder.embed_tokens.weight = module.shared.weight  # else either would be moved to the device on its own
     module = module.requires_grad_(False).eval()
     if not offload:
         module = module.to(device, dtype)

@@ -10,6 +10,7 @@ from sftk.errors import SpecError
 from sftk.models.rope import rope_table
 from sftk.runtime.plan_advice import advise
 from sftk.runtime.plan_layout import Plan, lay_out
+from sftk.runtime.plan_loaded import loaded_weights
 from sftk.runtime.plan_memory import is_sharded
 from sftk.runtime.plan_pass import StagePass, pass_stage
 from sftk.runtime.plan_rates import NODE, gpu
@@ -58,7 +59,8 @@ class Planner:
             if known.recipe == local.recipe and known.graphs is local.graphs and roles == sharded:
                 return measured
         rope_table.cache_clear()  # tables that an earlier pass left would not be counted
-        self.passes.append((local, sharded, pass_stage(local, sharded=sharded)))
+        measured = attrs.evolve(pass_stage(local, sharded=sharded), loaded=loaded_weights(stage))
+        self.passes.append((local, sharded, measured))
         return self.passes[-1][-1]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import attrs
 
 from sftk.core.replay import is_replayable
+from sftk.data.held import Held
 from sftk.errors import SpecError
 from sftk.runtime.plan_layout import Plan
 from sftk.runtime.plan_rates import GIB
@@ -17,7 +18,11 @@ from sftk.spec.schema import Recipe
 MOST = (2, 4, 8, 16, 32, 64)
 """Numbers of GPUs that are tried."""
 WORTH = 0.05
-"""Share of the peak from which a context is worth a remark."""
+"""Share of the peak from which a context, a codec or a text encoder is worth a remark."""
+_LEAVE = {
+    "text": "embed the prompts before, with `sftk data embed`, and the text encoder takes no memory",
+    "codec": "`device: cpu` keeps the codec in the host's memory",
+}
 
 
 @attrs.frozen(kw_only=True)
@@ -77,11 +82,16 @@ def advise(stage: Stage, plan: Plan, try_: Callable[[Stage, int], Plan]) -> tupl
             found.append(f"{together} together would make it fit")
         else:
             found.append(_on_more_gpus(recipe, plan, everything, together, peak))
+    found += [f"{name}: {_LEAVE[name.rpartition('.')[2]]}" for name, held in plan.loaded.items() if _is_large(held, plan)]
     largest = max(plan.phases, key=lambda phase: phase.peak)
     section = next(phase for phase in recipe.phases if phase.name == largest.name.partition(".")[0])
     if section.with_.get("window") is None and largest.caches > WORTH * largest.peak:
         found.append(f"a `window` in the phase {largest.name} would shrink its context, at most {largest.caches / GIB:.1f} GiB")
     return tuple(found)
+
+
+def _is_large(held: Held, plan: Plan) -> bool:
+    return held.on_device and held.bytes > WORTH * plan.peak
 
 
 def _changes(stage: Stage, plan: Plan) -> list[Change]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 
+from sftk.data.held import Held
 from sftk.runtime.plan_memory import RolePlan, plan_roles
 from sftk.runtime.plan_pass import PhasePass, StagePass
 from sftk.runtime.plan_rates import GIB, Gpu
@@ -63,6 +64,7 @@ class Plan:
         gpus: how many, `node` of them on each node. gpu: which.
         per_rank: samples of one pass. accumulation: passes of one update. sequence: ranks that share one sample.
         roles: what each rank holds of them.
+        loaded: codecs, text encoders and built-in modules, by their place in the recipe; each rank holds them whole.
         peak: most bytes on one rank's device; `budget` is what there is for it. host: bytes that a rank keeps in the host's
             memory.
         step_seconds: mean over a cycle of phases. advice: what would make it fit, or nothing.
@@ -81,6 +83,7 @@ class Plan:
     host: float
     budget: float
     step_seconds: float
+    loaded: dict[str, Held] = attrs.field(factory=dict)
     advice: tuple[str, ...] = ()
 
     @property
@@ -107,6 +110,7 @@ def lay_out(stage: Stage, measured: StagePass, found: Arrangement, device: Gpu, 
     """
     roles = plan_roles(stage.recipe, measured, found)
     held = sum((0.0 if one.offload else one.held) + (one.gathered if one.until == "run" else 0.0) for one in roles.values())
+    held += sum(one.bytes for one in measured.loaded.values() if one.on_device)
     phases = tuple(_phase(phase, measured, roles, held, stage, found, device, node) for phase in measured.phases)
     return Plan(
         stage=stage.name,
@@ -119,9 +123,11 @@ def lay_out(stage: Stage, measured: StagePass, found: Arrangement, device: Gpu, 
         roles=roles,
         phases=phases,
         peak=max(phase.peak for phase in phases),
-        host=sum(one.held for one in roles.values() if one.offload),
+        host=sum(one.held for one in roles.values() if one.offload)
+        + sum(one.bytes for one in measured.loaded.values() if not one.on_device),
         budget=device.memory * GIB * (1 - SLACK),
         step_seconds=sum(phase.seconds / phase.every for phase in phases),
+        loaded=measured.loaded,
     )
 
 

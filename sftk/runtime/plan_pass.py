@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from sftk.core.state import detached
+from sftk.data.held import Held
 from sftk.functional.exit_key import ExitKey
 from sftk.models.branch import ClassifierBranch
 from sftk.runtime.build import training_graph
@@ -57,10 +58,11 @@ class PhasePass:
 
 @attrs.frozen(kw_only=True)
 class StagePass:
-    """A stage on meta tensors: sizes of its roles, and its phases."""
+    """A stage on meta tensors: sizes of its roles, its phases, and what is loaded beside the roles, see `loaded_weights`."""
 
     roles: dict[str, RoleSize]
     phases: tuple[PhasePass, ...]
+    loaded: dict[str, Held] = attrs.field(factory=dict)
 
 
 def pass_stage(

@@ -21,7 +21,7 @@ def describe_plan(plan: Plan) -> Iterator[str]:
     batch = _count(plan.per_rank, "sample") + " in a pass, " + _count(plan.accumulation, "pass", "passes") + " an update"
     shared = f", {plan.sequence} ranks share each" if plan.sequence > 1 else ""
     yield f"{plan.stage}: {plan.gpus} x {plan.gpu}, {plan.node} a node; {batch}{shared}"
-    yield from _table(ROLES, [_role(name, plan) for name in plan.roles])
+    yield from _table(ROLES, [*(_role(name, plan) for name in plan.roles), *_loaded(plan)])
     yield from _table(PHASES, [_phase(phase) for phase in plan.phases])
     sent = [
         (f"{phase.name}: {row.role}", row.kind.replace("_", "-"), str(row.ranks), f"{row.calls:.1f}", *map(gib, sizes))
@@ -51,6 +51,8 @@ def compare_counts(plans: Mapping[int, Plan | SpecError]) -> Iterator[str]:
         *((f"{role}: ranks a copy", *(str(plan.roles[role].shards) for plan in found)) for role in first.roles),
         *((name, *(gib(plan.on_device(part)) for plan in found)) for part, name in PARTS.items()),
     ]
+    if first.loaded:
+        table.append(("codecs, text encoders", *(gib(_loaded_bytes(plan)) for plan in found)))
     for phases in zip(*(plan.phases for plan in found), strict=True):
         table += _compare_phases(phases)
     if any(plan.host for plan in found):
@@ -61,6 +63,10 @@ def compare_counts(plans: Mapping[int, Plan | SpecError]) -> Iterator[str]:
     for gpus, plan in plans.items():
         if isinstance(plan, SpecError):
             yield f"  {gpus} GPUs: {plan}"
+
+
+def _loaded_bytes(plan: Plan) -> float:
+    return sum(held.bytes for held in plan.loaded.values() if held.on_device)
 
 
 def _compare_phases(phases: Sequence[PhasePlan]) -> Iterator[Row]:
@@ -90,6 +96,13 @@ def _role(name: str, plan: Plan) -> Row:
     where = " (host)" if role.offload else ""
     sizes = gib(role.weights) + where, gib(role.gradients), gib(role.optimizer), gib(role.average), gib(role.gathered)
     return name, f"{role.parameters / 1e6:.1f} M", str(role.shards), *sizes
+
+
+def _loaded(plan: Plan) -> Iterator[Row]:
+    for name, held in plan.loaded.items():
+        where = "" if held.on_device else " (host)"
+        nothing = ("-",) * (len(ROLES) - 4)
+        yield name, f"{held.parameters / 1e6:.1f} M", "1", gib(held.bytes) + where, *nothing
 
 
 def _phase(phase: PhasePlan) -> Row:

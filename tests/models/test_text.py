@@ -69,6 +69,12 @@ def test_offload_gives_the_same_and_leaves_the_weights_where_they_were(text_fold
     assert all(parameter.dtype == torch.bfloat16 for parameter in offloaded.module.parameters())
 
 
+@pytest.mark.parametrize("name", ["hf", "wan"])
+def test_the_table_of_tokens_is_held_once(text_folders, name):
+    module = load_text_encoder(text_folders / name).module
+    assert module.encoder.embed_tokens.weight is module.shared.weight
+
+
 def test_weights_are_mapped_from_the_file(text_folders):
     """Without a change of dtype or device the parameters are the file's pages: nothing was read yet."""
     module = load_text_encoder(text_folders / "wan", tokens=24).module

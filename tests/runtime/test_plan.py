@@ -24,6 +24,7 @@ from sftk.runtime.plan_advice import advise
 from sftk.runtime.plan_blocks import Active, measure_blocks
 from sftk.runtime.plan_pass import pass_stage
 from sftk.runtime.plan_rates import GIB
+from sftk.runtime.plan_report import describe_plan
 from sftk.runtime.plan_trace import Trace
 from sftk.runtime.sequence import SequenceGroup, share_sequence
 from sftk.spec.recipe import load_recipe
@@ -395,3 +396,44 @@ def test_weights_held_in_half_precision_are_counted():
     )
     assert held.roles["generator"].weights == plain.roles["generator"].weights * 1.5
     assert held.peak - plain.peak == pytest.approx(held.roles["generator"].weights - plain.roles["generator"].weights)
+
+
+LONG = "recipes/wan-1.3b/dmd_long.yaml"
+FEW_FRAMES = [f"phases.{phase}.with={{steps: [1000], judged_frames: 3, window: 3}}" for phase in ("generator", "critic")]
+
+
+def test_codecs_and_text_encoders_are_counted_where_they_lie(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vae, short = 126_892_531 * 4, [*FEW_FRAMES, "latents.frames=6"]
+    on_gpu, on_host = (
+        plan_stage(load_recipe(LONG, [*short, f"models.codec.codec.with.device={device}"])[0], advice=False)
+        for device in ("auto", "cpu")
+    )
+    assert on_gpu.loaded["models.codec.codec"].bytes == vae
+    assert on_gpu.peak - on_host.peak == vae
+    assert (on_gpu.host, on_host.host) == (0, vae)
+    lines = [line for line in describe_plan(on_host) if "models.codec.codec" in line]
+    assert [line.split()[1:7] for line in lines] == [["126.9", "M", "1", "0.5", "GiB", "(host)"]]
+    assert not plan_stage(load_recipe("recipes/wan-1.3b/tf.yaml", ["latents.frames=3"])[0], advice=False).loaded
+
+
+def test_encoders_of_the_data_are_counted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    umt5 = "data.with.text={use: umt5, with: {path: wan_models/Wan2.1-T2V-1.3B}}"
+    short = ["latents.frames=3", "phases.generator.with.steps=[1000]", "phases.critic.with.steps=[1000]"]
+    given = "wan_models/Wan2.1-T2V-1.3B: {repo: a/b}, wan_models/self_forcing: {repo: a/b, files: [checkpoints/ode_init.pt]}"
+    fetch = f"fetch={{{given}, data/images: {{own: mine}}}}"
+    (stage,) = load_recipe("recipes/wan-1.3b/i2v.yaml", [*short, umt5, fetch])
+    plan = plan_stage(stage, gpu_name="4090")
+    assert {name: held.bytes for name, held in plan.loaded.items()} == {
+        "data.with.text": 5_680_910_336 * 2, "data.with.codec": 126_892_531 * 4,
+    }  # fmt: skip
+    assert "data.with.text: embed the prompts before, with `sftk data embed`" in "\n".join(plan.advice)
+
+
+def test_files_that_are_here_say_what_is_loaded(wan_home):
+    plan = plan_stage(load_recipe("mine.yaml")[0])
+    assert {name: held.on_device for name, held in plan.loaded.items()} == {"data.with.text": False}
+    weights = torch.load("wan_models/Wan2.1-T2V-1.3B/models_t5_umt5-xxl-enc-bf16.pth", weights_only=True)
+    assert plan.loaded["data.with.text"].parameters == sum(weight.numel() for weight in weights.values())
+    assert plan.host == plan.loaded["data.with.text"].bytes == 2 * plan.loaded["data.with.text"].parameters
