@@ -95,8 +95,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Ba
         if not _exact:
             return attention_by_spans(q, k, v, mask, functools.partial(attention, backend=backend))
         mask = token_mask(mask.layout, mask.tokens_per_frame, q.device)
-    if backend == "auto" and mask is None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        backend = automatic("training" if torch.is_grad_enabled() else "forward", k.shape[1])
+    if mask is None:
+        backend = settled(backend, k.shape[1], q.device, q.dtype)
     if q.is_meta and backend != "math":
         return meta_attention(q, k, v, mask)
     if backend in UNMASKED and (mask is not None or not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16)):
@@ -185,6 +185,20 @@ def automatic(passes: str, keys: int) -> Backend:
         if keys * keys >= nearest * measured:  # nearer by its ratio
             nearest, found = measured, backend
     return found
+
+
+def settled(backend: Backend, keys: int, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend of a call without a mask, once it is known what `auto` stands for.
+
+    A model asks before its compiled blocks do: there, the number of keys may be any.
+
+    Example:
+        >>> settled("auto", 512, torch.device("cpu"), torch.float32), settled("auto", 512, torch.device("cuda"), torch.bfloat16)
+        ('auto', 'sdpa')
+    """
+    if backend != "auto" or device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return backend
+    return automatic("training" if torch.is_grad_enabled() else "forward", keys)
 
 
 _exact = 0

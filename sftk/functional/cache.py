@@ -20,6 +20,20 @@ CachedKV = tuple[Tensor | Packed, Tensor | Packed]
 RopeMode = Literal["absolute", "relative"]
 
 
+@dataclasses.dataclass(eq=False)
+class Room:
+    """Memory for the keys and values of more frames than a chunk has; chunks that grow in it share it.
+
+    Args:
+        layers: (k, v) of each layer, [B, frames * tokens, H, D].
+        frames: how many there is room for. filled: how many of them a chunk holds.
+    """
+
+    layers: tuple[CachedKV, ...]
+    frames: int
+    filled: int = 0
+
+
 # Dataclasses, not attrs: torch.compile can trace the construction of a frozen dataclass but not that of a frozen attrs class.
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Chunk:
@@ -28,10 +42,12 @@ class Chunk:
     Args:
         layers: (k, v) of each layer, [B, frames * tokens, H, D], packed where the cache says so.
         positions: absolute index of each frame.
+        room: the memory that the layers are views of, where more fits into it.
     """
 
     layers: tuple[CachedKV, ...]
     positions: tuple[int, ...]
+    room: Room | None = None
 
     def take(self, start: int, stop: int) -> Chunk:
         """The frames from `start` up to `stop`, as views."""
@@ -53,6 +69,9 @@ class KVCache:
         rope: `absolute` keys are stored rotated to their frame's index; `relative` ones are stored unrotated and rotated when
             they are read, to their place in the cache, so that a long rollout stays in the trained range.
         storage: how appended keys and values are kept; `fp8` and `int8` take a byte for each, see `pack`. Text stays as it is.
+        reserve: frames for which the first one that is appended makes room. As long as they carry no gradient, later ones are
+            written behind it, and all are one chunk: nothing has to be joined, and whoever remembers a shorter cache
+            shares its memory.
 
     Example:
         >>> kv = ((torch.zeros(1, 6, 2, 8), torch.zeros(1, 6, 2, 8), torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8)),)
@@ -65,6 +84,7 @@ class KVCache:
     text: tuple[tuple[Tensor, Tensor], ...] | None = None
     rope: RopeMode = "absolute"
     storage: Storage = "full"
+    reserve: int = 0
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -114,7 +134,38 @@ def append(cache: KVCache, kv: Sequence[LayerKV], positions: tuple[int, ...]) ->
     text = cache.text
     if text is None:
         text = tuple((layer[2].detach(), layer[3].detach()) for layer in kv)
-    return dataclasses.replace(cache, chunks=(*cache.chunks, chunk), text=text)
+    return dataclasses.replace(cache, chunks=_with(cache, chunk), text=text)
+
+
+def _with(cache: KVCache, chunk: Chunk) -> tuple[Chunk, ...]:
+    """The chunks of a cache and a further one, written behind the last one where there is room."""
+    count, last = len(chunk.positions), cache.chunks[-1] if cache.chunks else None
+    if any(tensor.requires_grad for tensor in _tensors(chunk.layers)):
+        return (*cache.chunks, chunk)
+    if last is None and cache.reserve > count:
+
+        def larger(tensor: Tensor) -> Tensor:
+            batch, tokens, *rest = tensor.shape
+            return tensor.new_empty(batch, tokens // count * cache.reserve, *rest)
+
+        return (_written(Room(_each(chunk.layers, larger), cache.reserve), (), chunk),)
+    room = None if last is None else last.room
+    # A room that has gone on from this chunk already belongs to another cache.
+    if last is None or room is None or room.filled != len(last.positions) or room.filled + count > room.frames:
+        return (*cache.chunks, chunk)
+    return (*cache.chunks[:-1], _written(room, last.positions, chunk))
+
+
+def _written(room: Room, positions: tuple[int, ...], chunk: Chunk) -> Chunk:
+    """A chunk of what a room holds and of what is written behind it."""
+    for base, tensor in zip(_tensors(room.layers), _tensors(chunk.layers), strict=True):
+        tokens = base.shape[1] // room.frames
+        start = room.filled * tokens
+        # Not an in-place change for autograd: what was remembered lies before it, and nothing there changes.
+        base.data[:, start : start + tensor.shape[1]].copy_(tensor)
+    room.filled += len(chunk.positions)
+    layers = _each(room.layers, lambda base: base[:, : base.shape[1] // room.frames * room.filled])
+    return Chunk(layers=layers, positions=(*positions, *chunk.positions), room=room)
 
 
 def window(cache: KVCache, *, size: int | None, sink: int = 0) -> KVCache:
@@ -176,7 +227,7 @@ def take_rows(cache: KVCache, start: int, stop: int) -> KVCache:
     def rows(tensor: Tensor) -> Tensor:
         return tensor[start:stop]
 
-    chunks = tuple(dataclasses.replace(chunk, layers=_each(chunk.layers, rows)) for chunk in cache.chunks)
+    chunks = tuple(Chunk(layers=_each(chunk.layers, rows), positions=chunk.positions) for chunk in cache.chunks)
     text = None if cache.text is None else tuple((rows(k), rows(v)) for k, v in cache.text)
     return dataclasses.replace(cache, chunks=chunks, text=text)
 
@@ -218,6 +269,15 @@ def _codes(values: Tensor | Packed) -> Tensor:
     return values if isinstance(values, Tensor) else values.codes
 
 
+def _tensors(layers: tuple[CachedKV, ...]) -> list[Tensor]:
+    """All tensors of the layers."""
+    found = []
+    for values in (values for layer in layers for values in layer):
+        parts = (values,) if isinstance(values, Tensor) else (values.codes, values.scale, values.path)
+        found += [part for part in parts if part is not None]
+    return found
+
+
 def _each(layers: tuple[CachedKV, ...], change: Callable[[Tensor], Tensor]) -> tuple[CachedKV, ...]:
     """Layers with every tensor changed; axes of codes and scales are the same but for the last."""
 
@@ -231,14 +291,14 @@ def _each(layers: tuple[CachedKV, ...], change: Callable[[Tensor], Tensor]) -> t
 
 
 def _flatten_cache(cache: KVCache):
-    context = tuple(chunk.positions for chunk in cache.chunks), cache.rope, cache.storage
+    context = tuple(chunk.positions for chunk in cache.chunks), cache.rope, cache.storage, cache.reserve
     return [tuple(chunk.layers for chunk in cache.chunks), cache.text], context
 
 
 def _unflatten_cache(values, context) -> KVCache:
-    (layers, text), (positions, rope, storage) = values, context
+    (layers, text), (positions, rope, storage, reserve) = values, context
     chunks = tuple(Chunk(layers=found, positions=place) for found, place in zip(layers, positions, strict=True))
-    return KVCache(chunks=chunks, text=text, rope=rope, storage=storage)
+    return KVCache(chunks=chunks, text=text, rope=rope, storage=storage, reserve=reserve)
 
 
 pytree.register_pytree_node(KVCache, _flatten_cache, _unflatten_cache, serialized_type_name="sftk.functional.cache.KVCache")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -52,19 +52,34 @@ def _given_example(batch: int, randn) -> dict:
     }
 
 
-@transform(out="cache", kind="host", example=lambda batch, randn: {"rope": "relative"})
-def start_cache(*, rope: RopeMode = "absolute", kv_cache: Storage = "full"):
-    """An empty cache.
+@transform(out="cache", kind="host", example=lambda batch, randn: {"rope": "relative", "blocks": (example_block(),)})
+def start_cache(
+    blocks: Sequence[Block] | None = None,
+    given_blocks: Sequence[Block] | None = None,
+    *,
+    rope: RopeMode = "absolute",
+    kv_cache: Storage = "full",
+    window: int | None = None,
+    max_context_frames: int | None = None,
+):
+    """An empty cache, with room for the context of all blocks where none of it will be dropped.
 
     Args:
+        blocks, given_blocks: what will be appended, but for the last of `blocks`.
         rope: how keys remember their position, see `KVCache`.
         kv_cache: how keys and values are kept; `fp8` and `int8` halve the memory of bf16 ones.
+        window, max_context_frames: of `window_context`; what is dropped needs no room.
 
     Example:
-        >>> start_cache().frames
-        0
+        >>> start_cache().frames, start_cache((example_block(), example_block())).reserve
+        (0, 3)
     """
-    return KVCache(rope=rope, storage=kv_cache)
+    context = sum(block.frames for block in (*(given_blocks or ()), *(blocks or ())[:-1]))
+    whole = max_context_frames is None and (window is None or window >= context + max(b.frames for b in blocks or [_NOTHING]))
+    return KVCache(rope=rope, storage=kv_cache, reserve=context if whole else 0)
+
+
+_NOTHING = Block(index=0, start=0, frames=0, offset=0)
 
 
 def _window_check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str, str]]:

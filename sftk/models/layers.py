@@ -97,6 +97,7 @@ class Block(nn.Module):
         past_rope: tuple[Tensor, Tensor] | None,
         mask: Mask,
         backend: Backend,
+        text_backend: Backend,
         keep_kv: bool,
         exchange: Exchange,
     ) -> tuple[Tensor, LayerKV | None]:
@@ -108,6 +109,7 @@ class Block(nn.Module):
             text: [B, T, width], or None when `text_kv` is given.
             past: cached k, v [B, P_i, H, D] of each chunk: of all tokens, and this rank's heads. They are joined here, so
                 that an activation checkpoint remembers the chunks, which blocks share, and no copies.
+            backend, text_backend: of self-attention and of cross-attention.
             keep_kv: return keys and values.
             exchange: gives self-attention all tokens where several ranks share them.
         """
@@ -130,7 +132,7 @@ class Block(nn.Module):
             assert text is not None
             text_kv = self.cross_attn.keys_values(text)
         queries = self.cross_attn.queries(self.norm3(x).to(x.dtype))
-        found = attention(queries, text_kv[0].to(queries.dtype), text_kv[1].to(queries.dtype), backend=backend)
+        found = attention(queries, text_kv[0].to(queries.dtype), text_kv[1].to(queries.dtype), backend=text_backend)
         x = x + self.cross_attn.o(found.flatten(2))
 
         x = self.gated(x, self.ffn[2](linear_gelu(self.ffn[0], self.modulate(x, shift2, scale2))), gate2)

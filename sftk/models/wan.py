@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sftk.errors import ShapeError
-from sftk.functional.attention import Backend, attention_mask
+from sftk.functional.attention import Backend, Mask, attention_mask, settled
 from sftk.functional.cache import KVCache, LayerKV
 from sftk.functional.exchange import ExchangeFor, one_rank
 from sftk.functional.layout import Layout, check_layout
+from sftk.models.compiled import any_length, is_compiled
 from sftk.models.config import WanConfig
 from sftk.models.layers import Block, Head, IntervalEmbedding, reset_linear_layers, sinusoidal_embedding, upcast
 from sftk.models.rope import rope_table
@@ -124,13 +125,16 @@ class WanModel(nn.Module):
 
         rope, past_rope = self._rope(latents, cache, positions, frames, height, width)
         mask = attention_mask(layout, height * width, latents.device, self.backend)
+        own, cross = self._backends(mask, latents, frames * height * width, cache)
         wanted = tuple(self._layer_index(i) for i in features_at)
         kv, features = [], {}
         for index, block in enumerate(self.blocks):
             past = () if cache is None else cache.parts(index)
+            if is_compiled(block):
+                any_length(past)
             text_kv = cache.text[index] if reuse and cache is not None and cache.text is not None else None
             keep_kv = cache is not None
-            x, found = block(x, modulation, rope, text, text_kv, past, past_rope, mask, self.backend, keep_kv, exchange)
+            x, found = block(x, modulation, rope, text, text_kv, past, past_rope, mask, own, cross, keep_kv, exchange)
             if found is not None:
                 kv.append(found)
             if index in wanted:
@@ -157,6 +161,16 @@ class WanModel(nn.Module):
         if layout is not None and cache is not None and cache.frames:
             raise ShapeError(f"a layout speaks of one pass's own frames; found one with a cache of {cache.frames} frames")
         return frames, height // config.patch_size[1], width // config.patch_size[2]
+
+    def _backends(self, mask: Mask, latents: Tensor, tokens: int, cache: KVCache | None) -> tuple[Backend, Backend]:
+        """Of self-attention and of cross-attention; settled here, so that no compiled block asks how many keys there are."""
+        device = latents.device
+        if device.type != "cuda":
+            return self.backend, self.backend
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else self._dtype
+        keys = tokens + (0 if cache is None else cache.frames * tokens // max(latents.shape[1], 1))
+        own = self.backend if mask is not None else settled(self.backend, keys, device, dtype)
+        return own, settled(self.backend, self.config.text_len, device, dtype)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -180,3 +180,77 @@ def test_gradient_reaches_packed_keys_straight_through(storage):
     found = torch.autograd.grad((2 * k - v).sum(), made[1][:2])
     assert [g.unique().tolist() for g in found] == [[2.0], [-1.0]]
     assert not any(t.requires_grad for t in tensors(detach(cache)))
+
+
+# Room
+
+
+def drawn(frames, seed, grad=False):
+    """Keys and values of one layer over frames of two tokens, and their text."""
+    generator = torch.Generator().manual_seed(seed)
+    k, v = (torch.randn(2, frames * 2, 3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    text = torch.ones(2, 5, 3, 4, dtype=torch.float64)
+    return ((k.requires_grad_(grad), v.requires_grad_(grad), text, text),)
+
+
+def filled(cache, lengths, seed=0):
+    caches, start = [cache], 0
+    for index, length in enumerate(lengths):
+        caches.append(append(caches[-1], drawn(length, seed + index), tuple(range(start, start + length))))
+        start += length
+    return caches
+
+
+@given(
+    lengths=st.lists(st.integers(1, 3), min_size=1, max_size=5),
+    reserve=st.integers(0, 12),
+    storage=st.sampled_from(["full", "int8", "fp8"]),
+)
+def test_room_changes_no_value_of_any_cache(lengths, reserve, storage):
+    plain, roomy = (filled(KVCache(storage=storage, reserve=n), lengths) for n in (0, reserve))
+    for one, other in zip(plain, roomy, strict=True):
+        assert one.positions == other.positions
+        for a, b in zip(one.layer(0) or (), other.layer(0) or (), strict=True):
+            assert torch.equal(a, b)
+    fits = sum(lengths) <= reserve and lengths[0] < reserve
+    assert not fits or len(roomy[-1].chunks) == 1
+
+
+def test_caches_that_part_share_no_room():
+    """Two caches made from one: the first goes on in its room, the second has its own."""
+    common = filled(KVCache(reserve=9), [2, 1])[-1]
+    one, other = (append(common, drawn(2, seed), (3, 4)) for seed in (7, 8))
+    assert (len(one.chunks), len(other.chunks)) == (1, 2)
+    for cache, seed in ((one, 7), (other, 8)):
+        k, _ = cache.layer(0)
+        assert torch.equal(k[:, 6:], drawn(2, seed)[0][0])
+        assert torch.equal(k[:, :6], common.layer(0)[0])
+
+
+def test_what_is_remembered_for_a_backward_pass_stays_whole():
+    """Autograd saved the shorter cache; what is written behind it is no change of it."""
+    short = filled(KVCache(reserve=9), [2])[-1]
+    w = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    out = (short.chunks[0].layers[0][0] * w).sum()
+    longer = append(short, drawn(3, 5), (2, 3, 4))
+    (grad,) = torch.autograd.grad(out, w)
+    torch.testing.assert_close(grad, short.layer(0)[0].sum()[None])
+    assert longer.frames == 5
+
+
+def test_what_carries_gradient_keeps_it():
+    cache = append(filled(KVCache(reserve=9), [2])[-1], drawn(1, 3, grad=True), (2,))
+    assert len(cache.chunks) == 2
+    assert cache.layer(0)[0].requires_grad
+    started = append(KVCache(reserve=9), drawn(1, 3, grad=True), (0,))
+    assert started.chunks[0].room is None
+
+
+def test_windows_and_rows_of_a_cache_with_room_are_as_ever():
+    plain, roomy = (filled(KVCache(reserve=n), [2, 1, 2])[-1] for n in (0, 9))
+    for change in (lambda c: window(c, size=3, sink=1), lambda c: take_rows(c, 1, 2), detach):
+        one, other = change(plain), change(roomy)
+        assert one.positions == other.positions
+        assert torch.equal(one.layer(0)[0], other.layer(0)[0])
+        more = tuple(tuple(tensor[: len(one.layer(0)[0])] for tensor in layer) for layer in drawn(1, 9))
+        assert torch.equal(append(one, more, (5,)).layer(0)[0], append(other, more, (5,)).layer(0)[0])

@@ -10,6 +10,8 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sftk.core import Graph
+from sftk.functional import Key
 from sftk.functional.attention import attention_operators
 from sftk.runtime.parallelize import RECOMPILE_LIMIT, limit_recompiles, parallelize
 
@@ -105,6 +107,35 @@ def test_checkpointed_blocks_compile(make_model, dynamo, kind):
     for name, gradient in gradients.items():
         if gradient is not None:
             torch.testing.assert_close(recomputed[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("blocks", [3, 5])
+@pytest.mark.parametrize("kind", ["none", "selective"])
+def test_a_rollout_of_any_length_has_four_graphs(make_model, dynamo, kind, blocks):
+    """The first block's and that of all later ones, whatever their context, with and without gradient."""
+    plain = make_model()
+    wrapped, graphs = parallelize(copy.deepcopy(plain), checkpoint=kind), []
+
+    def count(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    for block in wrapped.blocks:
+        block.compile(backend=count, fullgraph=True, dynamic=False)
+    generator = torch.Generator().manual_seed(0)
+    given = {
+        "noise": torch.randn(1, 3 * blocks, 4, 4, 4, generator=generator, dtype=torch.float64),
+        "prompt_embeds": torch.randn(1, 4, 8, generator=generator, dtype=torch.float64),
+        "key": Key(seed=0, samples=(0,)),
+    }
+    found = []
+    for model in (plain, wrapped):
+        x0 = Graph.from_spec("specs/rollout.yaml", steps=[1000, 500, 250])(given, {"denoiser": model})["x0"]
+        x0.square().sum().backward()
+        found.append((x0.detach(), model.get_parameter("head.head.weight").grad))
+    assert len(graphs) == 4
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact)
 
 
 def test_plain_is_left_alone(make_model):
