@@ -157,6 +157,8 @@ def _reasons() -> str:
 @functools.lru_cache(maxsize=1)
 def _interface() -> Any:
     """Where version 4 keeps its two passes."""
+    # Said by its compiler of its own arguments, when a kernel is compiled.
+    warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted", category=UserWarning)
     return _quietly("flash_attn.cute.interface")
 
 

@@ -47,7 +47,7 @@ class Case:
 
 
 def case_names(stage: Stage, only: Sequence[str] = ()) -> tuple[str, ...]:
-    """The cases that are asked for, by default all but `steps`.
+    """The cases that are asked for, in that order; by default all but `steps`.
 
     Raises:
         SpecError: there is none of that name.
@@ -56,13 +56,13 @@ def case_names(stage: Stage, only: Sequence[str] = ()) -> tuple[str, ...]:
         >>> from sftk.spec.recipe import load_recipe
         >>> (stage,) = load_recipe("recipes/dmd.yaml")
         >>> case_names(stage), case_names(stage, ["steps", "critic"])
-        (('generator', 'critic', 'rollout', 'forward', 'forward_backward'), ('critic', 'steps'))
+        (('generator', 'critic', 'rollout', 'forward', 'forward_backward'), ('steps', 'critic'))
     """
     known = [*(turn.name for turn in stage.turns), *OWN]
     for name in only:
         if name not in known:
             raise SpecError(f"there is no case {name!r} to measure, only {', '.join(known)}; {did_you_mean(name, known) or ''}")
-    return tuple(name for name in known if (name in only if only else name != STEPS))
+    return tuple(dict.fromkeys(only)) or tuple(name for name in known if name != STEPS)
 
 
 def producers(turns: Sequence[Turn], turn: Turn) -> tuple[Turn, ...]:

@@ -186,7 +186,7 @@ def test_mistakes_in_variants(tiny, tmp_path, text, message):
 
 def test_the_command(tiny, tmp_path):
     run, path, file = CliRunner(), str(tiny()), tmp_path / "one.json"
-    options = ["--only", "critic,steps,forward", "--exit-step", "1", "--steps", "2", "--profile", str(tmp_path / "traces")]
+    options = ["--only", "critic,forward,steps", "--exit-step", "1", "--steps", "2", "--profile", str(tmp_path / "traces")]
     first = run.invoke(main, ["bench", path, *options, "--json", str(file)])
     assert first.exit_code == 0, first.output
     (variant,) = json.loads(file.read_text())["variants"]
