@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sftk.data.choices import Choice, make_choice
 from sftk.data.digits_prompts import PROMPT_SHAPE, embed_prompts
-from sftk.data.wan import StoredEmbedder, Umt5Embedder
+from sftk.data.embeddings import StoredEmbedder
+from sftk.data.wan import Umt5Embedder
 
 
 class Embedder(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sftk.data.choices import FilePath
 from sftk.data.lmdb_layout import ABOUT, get_value, open_environment
 from sftk.errors import DataError
 from sftk.models.text import pad_rows
@@ -119,3 +121,36 @@ def text_key(prompt: str) -> bytes:
 def _hash(prompt: str) -> bytes:
     # White space alone: how else a prompt is cleaned depends on what is installed.
     return hashlib.sha256(" ".join(prompt.split()).encode()).hexdigest().encode()
+
+
+@attrs.frozen(kw_only=True)
+class StoredEmbedder:
+    """Reads embeddings that `sftk data embed` has computed, so that no process holds the encoder.
+
+    Args:
+        path: the store.
+        text_len, text_dim: of the embeddings; the store's must be the same.
+
+    Raises:
+        DataError: when it is first used: the store is missing or of other sizes, or lacks a prompt.
+
+    Example:
+        >>> StoredEmbedder(path="data/embeds").shape
+        (512, 4096)
+    """
+
+    path: FilePath
+    text_len: int = 512
+    text_dim: int = 4096
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Tokens of a prompt and their width."""
+        return self.text_len, self.text_dim
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        store = EmbeddingStore.open(self.path)
+        if store.shape != self.shape:
+            found, width = store.shape
+            raise DataError(f"{self.path} holds embeddings of {found} x {width}; set text_len: {found}, text_dim: {width}")
+        return torch.stack([store[prompt] for prompt in prompts])

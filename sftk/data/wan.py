@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from sftk.data.choices import FilePath
-from sftk.data.embeddings import EmbeddingStore
 from sftk.errors import DataError, ShapeError
 from sftk.models.text import TextEncoder, load_text_encoder
 from sftk.models.vae import DecodeState, WanVae, decode, decode_block, encode, load_vae
@@ -258,39 +257,6 @@ class Umt5Embedder:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-
-@attrs.frozen(kw_only=True)
-class StoredEmbedder:
-    """Reads embeddings that `sftk data embed` has computed, so that no process holds the encoder.
-
-    Args:
-        path: the store.
-        text_len, text_dim: of the embeddings; the store's must be the same.
-
-    Raises:
-        DataError: when it is first used: the store is missing or of other sizes, or lacks a prompt.
-
-    Example:
-        >>> StoredEmbedder(path="data/embeds").shape
-        (512, 4096)
-    """
-
-    path: FilePath
-    text_len: int = 512
-    text_dim: int = 4096
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Tokens of a prompt and their width."""
-        return self.text_len, self.text_dim
-
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        store = EmbeddingStore.open(self.path)
-        if store.shape != self.shape:
-            found, width = store.shape
-            raise DataError(f"{self.path} holds embeddings of {found} x {width}; set text_len: {found}, text_dim: {width}")
-        return torch.stack([store[prompt] for prompt in prompts])
 
 
 def pick_device(name: str) -> torch.device:

@@ -18,6 +18,7 @@ from sftk.models.shard_files import read_shards
 from sftk.models.tensor_files import PICKLES, Stored, read_pickle, split_entry, stream
 from sftk.models.weight_folders import read_folder, read_json, transformer_folder
 
+_EXPECTED = "a .safetensors or .pt file, or the folder of a transformer"
 Format = Literal["sftk", "original", "diffusers"]
 
 
@@ -113,13 +114,20 @@ def open_weights(path: Path) -> WeightSource:
         file = file.parent
     own: Mapping[str, Any] | None = None
     folder = file.parent
+    if not file.exists():
+        raise CheckpointError(f"no weight file {file}; expected {_EXPECTED}")
     if file.is_dir():
         folder = transformer_folder(file)
         stored = read_folder(folder)
     elif file.suffix in PICKLES:
         stored = read_pickle(file, entry)
     else:
-        stored, metadata = read_shards(file)
+        try:
+            stored, metadata = read_shards(file)
+        except CheckpointError as error:
+            if file.suffix == ".safetensors":
+                raise
+            raise CheckpointError(f"{file} is no weight file; expected {_EXPECTED}") from error
         if {"config", "role"} & set(metadata):
             own = json.loads(metadata["config"]) if "config" in metadata else None
             return WeightSource(path=path, format="sftk", stored=stored, settings_path=file, own_config=own)

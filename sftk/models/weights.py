@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sftk.errors import CheckpointError
 from sftk.models.config import WanConfig
-from sftk.models.config_files import told_by_json
+from sftk.models.config_files import told_by_json, told_by_shapes
 from sftk.models.formats import WeightSource, open_weights
 from sftk.models.tensor_files import Stored, read_safetensors, stream
 from sftk.models.wan import WanModel
@@ -89,7 +89,7 @@ def check_weights(model: nn.Module, path: Path) -> tuple[WeightSource, dict[str,
             own = {name: tensor for name, tensor in own.items() if not name.startswith(f"{part}.")}
     if isinstance(model, WanModel):
         source.check_backbone()
-    check_fit(own, source.stored, path)
+    check_fit(own, source.stored, path, _other_size(model, source))
     if isinstance(model, WanModel) and source.settings is not None:
         _check_config(model.config, source)
     return source, own
@@ -188,13 +188,14 @@ def _portable(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.cpu().contiguous()
 
 
-def check_fit(own: Mapping[str, Tensor], stored: Mapping[str, Stored], path: Path) -> None:
+def check_fit(own: Mapping[str, Tensor], stored: Mapping[str, Stored], path: Path, hint: str = "") -> None:
     """That stored weights have a model's names and shapes.
 
     Args:
         own: of the model.
         stored: by the model's names.
         path: that they lie at.
+        hint: what to do about it.
 
     Raises:
         CheckpointError: they do not; the message lists what does not fit.
@@ -211,7 +212,24 @@ def check_fit(own: Mapping[str, Tensor], stored: Mapping[str, Stored], path: Pat
     ]
     if lines:
         listed = "\n  ".join(lines[:12]) + (f"\n  and {len(lines) - 12} more" if len(lines) > 12 else "")
-        raise CheckpointError(f"the weights in {path} do not fit the model:\n  {listed}")
+        raise CheckpointError(f"the weights in {path} do not fit the model:\n  {listed}" + (f"\n  {hint}" if hint else ""))
+
+
+def _other_size(model: nn.Module, source: WeightSource) -> str:
+    """What to do about weights of a backbone of another size; nothing where they do not tell one, or tell this one."""
+    if not isinstance(model, WanModel):
+        return ""
+    try:
+        told = told_by_shapes(source.shapes, source.path)
+    except CheckpointError:
+        return ""
+    other = {key: value for key, value in told.items() if value != getattr(model.config, key)}
+    if not other:
+        return ""
+    found, expected = (
+        ", ".join(f"{k} {v}" for k, v in sizes.items()) for sizes in (other, {k: getattr(model.config, k) for k in other})
+    )
+    return f"they are of another size, {found}, and the model has {expected}: name others, or write size: auto"
 
 
 def _check_config(config: WanConfig, source: WeightSource) -> None:

@@ -31,6 +31,7 @@ from sftk.spec.convert import structure
 from sftk.spec.data_files import choice_files, found_choice
 from sftk.spec.document import Document
 from sftk.spec.fetch import download_of, how_to_get
+from sftk.spec.files import find_file
 from sftk.spec.plugins import load_plugins
 from sftk.spec.recipe import Stage, find_document, load_recipe
 from sftk.spec.schema import AUTO, Recipe
@@ -74,7 +75,7 @@ def load_sampler(
         last = load_recipe(path)[-1]
         document, recipe = last.document, last.recipe
         role = role or sampled_role(document, recipe)
-        weights = weights or _recipe_weights(last, role)
+        given, weights = weights is not None, weights or _recipe_weights(last, role)
     else:
         above = _recipe_above(path)
         if above is None:
@@ -84,6 +85,7 @@ def load_sampler(
         stage, document, recipe = _last_stage(recipe_file)
         load_plugins(recipe, document, recipe_file)
         role = role or sampled_role(document, recipe)
+        given = weights is not None
         if weights is None:
             weights = path if path.is_file() else _weights(path, recipe_file.parent, stage, role)
     options = sample_options(document, recipe, role, overrides)
@@ -92,7 +94,7 @@ def load_sampler(
         text=_found("text", options.text, recipe, recipe_file),
         codec=_found("codec", options.codec, recipe, recipe_file),
     )
-    return make_sampler(options, recipe, _config_of(weights, recipe, role), weights, device)
+    return make_sampler(options, recipe, _config_of(weights, recipe, role, given), weights, device)
 
 
 def _found(option: str, choice: Choice | None, recipe: Recipe, beside: Path) -> Choice | None:
@@ -102,14 +104,15 @@ def _found(option: str, choice: Choice | None, recipe: Recipe, beside: Path) -> 
         DataError: one is not here yet; the message says how to get it.
         SpecError: there is none.
     """
-    try:
-        return found_choice(option, choice, beside)
-    except SpecError:
-        for _, name in choice_files(option, choice):
+    for path, name in choice_files(option, choice):
+        try:
+            find_file(name, beside)
+        except SpecError as error:
             folder = download_of(name, recipe.fetch)
             if folder is not None:
                 raise DataError(f"{name} ({option}) is not here; {how_to_get(folder, recipe.fetch)}") from None
-        raise
+            raise SpecError([attrs.evolve(problem, path=(option, *path)) for problem in error.problems]) from error
+    return found_choice(option, choice, beside)
 
 
 def make_sampler(options: SampleOptions, recipe: Recipe, config: WanConfig, weights: Path, device: torch.device) -> Sampler:
@@ -175,13 +178,17 @@ def _recipe_weights(stage: Stage, role: str) -> Path:
     return weights
 
 
-def _config_of(weights: Path, recipe: Recipe, role: str) -> WanConfig:
-    """The size in our own files, or the one that the recipe gives its student, whose weights they are."""
+def _config_of(weights: Path, recipe: Recipe, role: str, given: bool) -> WanConfig:
+    """The size in our own files, and in the config.json of given weights, else the one that the recipe gives the role."""
     source = open_weights(weights)
     section = recipe.models.get(role)
     if source.own_config is not None or section is None or section.size in (None, AUTO):
         return source.config()
-    return section.config
+    if source.settings is None or not given:
+        return section.config
+    own = section.config  # of which no config.json speaks
+    kept = {"rope_base": own.rope_base, "rope_base_time": own.rope_base_time, "interval_embedding": own.interval_embedding}
+    return attrs.evolve(source.config(), **kept)
 
 
 def _recipe_above(path: Path) -> Path | None:

@@ -152,7 +152,7 @@ def test_it_begins_with_pictures(tmp_path):
         (("--frames", "7"), 1, "7 frames do not divide into blocks of 3; take 6 or 9 frames"),
         (("sampling.window=2",), 2, "@ $.sampling.window (override 'sampling.window=2')"),
         (("--role", "real_scor"), 1, "'real_scor' is not a backbone of"),
-        (("text={use: umt5, with: {path: nowhere}}",), 2, "no such file 'nowhere'; looked in"),
+        (("text={use: umt5, with: {path: nowhere}}",), 2, "no such file 'nowhere' @ $.text.with.path; looked in"),
         (("text={use: umt5, with: {path: .}}",), 1, "no text encoder at"),
         (("--prompts", "nowhere.txt"), 1, "cannot read the prompt file nowhere.txt"),
     ],

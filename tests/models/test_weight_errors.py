@@ -240,7 +240,11 @@ def test_what_does_not_fit_is_listed(make_wan, wan_folder, tmp_path):
     ]
     found = message(wan_folder(tmp_path / "deep", make_wan(num_layers=3)), model).splitlines()
     assert found[1] == "  unexpected: blocks.2.cross_attn.k.bias [24]"
-    assert found[-1] == "  and 15 more"
+    assert found[-2] == "  and 15 more"
+    assert (
+        found[-1]
+        == "  they are of another size, num_layers 3, and the model has num_layers 2: name others, or write size: auto"
+    )
 
 
 def test_names_of_the_file_are_shown_where_they_differ(make_wan, tmp_path):
