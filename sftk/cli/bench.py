@@ -43,9 +43,7 @@ def bench() -> None:
 
 @bench.command()
 @click.argument("arguments", nargs=-1, metavar="[RECIPE] [KEY.PATH=VALUE]...")
-@click.option(
-    "--only", type=Words(), default="", help="Cases, in this order: phases, rollout, forward, forward_backward, steps."
-)
+@click.option("--only", type=Words(), default="", help="Cases, in order: phases, rollout, forward, forward_backward, steps.")
 @click.option("--exit-step", "exit_steps", type=Words(int), default="", help="Places in the step list [default: all].")
 @click.option("--steps", "repeats", default=3, show_default=True, type=click.IntRange(1), help="Measured repeats, at most.")
 @click.option("--warmup", default=1, show_default=True, type=click.IntRange(0), help="Repeats before them.")

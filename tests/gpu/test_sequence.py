@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
-
 from sequence_cases import assert_equal, launch, run_alone
 
 NAMES = ("bidirectional", "one_timestep", "rollout_sink", "rollout_relative", "replay_sink", "dmd", "discriminator", "compiled")

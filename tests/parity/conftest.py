@@ -1,12 +1,6 @@
 """Runs each file of the parity folder through the test that is named after its family."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode does not make the helpers beside the tests importable
-
 from parity_cases import FAMILIES, FOLDER, Case, case_names, family_of
 
 WORST: dict[str, tuple[float, str, str]] = {}

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+import checkpoint_rank as job
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import checkpoint_rank as job
 from forked import run_ranks
 
 from sftk.errors import CheckpointError

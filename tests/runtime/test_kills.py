@@ -6,15 +6,11 @@ import os
 import random
 import signal
 import socket
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from forked import start_rank
 
 from sftk.runtime.checkpoint import checkpoint_files, last_checkpoint, list_checkpoints, read_facts

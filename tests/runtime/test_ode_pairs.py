@@ -5,20 +5,15 @@ from __future__ import annotations
 import io
 import random
 import signal
-import sys
 import time
-from pathlib import Path
 
 import lmdb
 import pytest
 import torch
 from filelock import FileLock
+from forked import forks
 from rich.console import Console
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from forked import forks
 
 from sftk.core.graph import Graph
 from sftk.data.digits import DigitClips, embed_prompts

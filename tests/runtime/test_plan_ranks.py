@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from fake_ranks import NODE, fake_stage
 
 from sftk.runtime.plan import plan_stage

@@ -5,17 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_ranks
 
 from sftk.models.weights import save_weights
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from forked import run_ranks
 
 JOB = Path(__file__).with_name("rank_job.py")
 BATCH = ("batch.global=8", "batch.per_rank=1", "phases.0.every=1")

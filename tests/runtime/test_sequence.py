@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from sequence_cases import CASES, HEADS, assert_equal, config, launch, run_alone
 
 from sftk.errors import SpecError
