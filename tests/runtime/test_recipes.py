@@ -68,6 +68,27 @@ def test_two_steps_move_what_is_updated_and_nothing_else(name, long, tmp_path):
         assert moved == (role in updated), role
 
 
+def test_a_long_rollout_goes_through_wans_vae(wan_home, monkeypatch):
+    """The picture that a judged window begins with stands for four frames before it, of which the VAE makes one."""
+    codec = "models.codec={codec: {use: wan_vae, with: {path: wan_models/Wan2.1-T2V-1.3B, device: cpu}}}"
+    graphs = {"generator": ("dmd_generator_long", ", grad_frames: 3"), "critic": ("score_critic_long", "")}
+    given = [f"phases.{phase}.graph=specs/{graph}.yaml" for phase, (graph, _) in graphs.items()]
+    given += [f"phases.{phase}.with={WINDOW}{own}}}" for phase, (_, own) in graphs.items()]
+    (stage,) = load_recipe("mine.yaml", [*FEW, "latents.frames=12", codec, *given])
+    built = build_stage(stage, CPU, {})
+    made = []
+    for name in ("decode", "encode"):
+        code = getattr(built.ports["codec"], name)
+        monkeypatch.setattr(built.ports["codec"], name, lambda given, code=code: made.append(code(given)) or made[-1])
+    step = TrainingStep(stage.recipe, built, iter(make_loader(stage.recipe, stage.path)))
+    before = {role: everything(module) for role, module in built.modules.items()}
+    for index in range(2):
+        assert all(value.isfinite() for value in step(index).values())
+    moved = {r for r, module in built.modules.items() if any((t != before[r][n]).any() for n, t in module.state_dict().items())}
+    assert moved == {"generator", "fake_score"}
+    assert {tuple(out.shape[-3:]) for out in made} == {(3, 32, 32), (16, 4, 4)}
+
+
 def nested(graph: Graph) -> set[str]:
     """Names of the graphs and transforms in a graph."""
     found = set()
