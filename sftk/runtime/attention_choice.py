@@ -19,6 +19,8 @@ CACHE_VARIABLE = "SFTK_CACHE"
 """Environment variable that names the folder of what is kept between runs."""
 WORSE = 3.0
 """A backend is left out whose error is this much larger than the smallest at its shape; our choice."""
+CLOSE = 1.05
+"""A backend counts as fast as the fastest up to this ratio; our choice, a little more than repeats differ."""
 PASSES = ("forward", "training")
 LAYOUT = "block_causal"
 """The shape that has a layout."""
@@ -56,14 +58,23 @@ def choose(report: Mapping[str, Any]) -> Choice:
         {'full': {'forward': 'sdpa_cudnn', 'training': 'sdpa_cudnn'}}
     """
     fastest: dict[str, dict[str, str]] = {}
+    favourites: dict[str, str] = {}
     measured = [row for row in report["rows"] if "error" not in row]
     for shape in dict.fromkeys(row["shape"] for row in measured):
         rows = [row for row in measured if row["shape"] == shape]
         best = min(_error(row) for row in rows)
         exact = [row for row in rows if _error(row) <= WORSE * best]
-        fastest[shape] = {name: min(exact, key=lambda row: row[name]["seconds"])["backend"] for name in PASSES}
+        fastest[shape] = {name: _fastest(exact, name, favourites.get(name)) for name in PASSES}
+        favourites = favourites or fastest[shape]
     keys = {row["shape"]: row["keys"] for row in measured}
     return Choice(device=report["device"]["name"], torch=report["device"]["torch"], fastest=fastest, keys=keys)
+
+
+def _fastest(rows: list[Mapping[str, Any]], name: str, favourite: str | None) -> str:
+    """The fastest backend of a pass; the first shape's where it is about as fast: each other one is a graph of its own."""
+    least = min(rows, key=lambda row: row[name]["seconds"])
+    close = {row["backend"] for row in rows if row[name]["seconds"] <= CLOSE * least[name]["seconds"]}
+    return favourite if favourite is not None and favourite in close else least["backend"]
 
 
 def _error(row: Mapping[str, Any]) -> float:

@@ -140,6 +140,12 @@ def test_the_fastest_exact_backend_is_chosen_kept_and_used(tmp_path, monkeypatch
     assert auto(32760) == {("forward", 32760): "sdpa", ("training", 32760): "sdpa"}
 
 
+def test_about_as_fast_is_fast_enough_for_the_one_that_is_taken_elsewhere():
+    rows = [row("full", "flash", 1, 1), row("full", "sdpa", 2, 2)]
+    rows += [row("cross", "flash", 1.04, 1.2), row("cross", "sdpa", 1, 1)]
+    assert choose(report_of(*rows)).fastest["cross"] == {"forward": "flash", "training": "sdpa"}
+
+
 @pytest.mark.parametrize(
     ("rows", "layouts"),
     [
