@@ -62,7 +62,7 @@ def start_cache(
     window: int | None = None,
     max_context_frames: int | None = None,
 ):
-    """An empty cache, with room for the context of all blocks where none of it will be dropped.
+    """An empty cache, with room for the context of all blocks where none of it will be dropped, up to `MOST_RESERVED` frames.
 
     Args:
         blocks, given_blocks: what will be appended, but for the last of `blocks`.
@@ -76,9 +76,11 @@ def start_cache(
     """
     context = sum(block.frames for block in (*(given_blocks or ()), *(blocks or ())[:-1]))
     whole = max_context_frames is None and (window is None or window >= context + max(b.frames for b in blocks or [_NOTHING]))
-    return KVCache(rope=rope, storage=kv_cache, reserve=context if whole else 0)
+    return KVCache(rope=rope, storage=kv_cache, reserve=context if whole and context <= MOST_RESERVED else 0)
 
 
+MOST_RESERVED = 96
+"""Frames of context for which a cache makes room at once. What is longer is a stream, which may end early."""
 _NOTHING = Block(index=0, start=0, frames=0, offset=0)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 from sftk.errors import ShapeError
-from sftk.functional import KVCache, append, window
+from sftk.functional import Block, KVCache, append, start_cache, window
 from sftk.functional.cache import detach, straight_through, take_rows
 
 TOKENS = 2
@@ -254,3 +254,25 @@ def test_windows_and_rows_of_a_cache_with_room_are_as_ever():
         assert torch.equal(one.layer(0)[0], other.layer(0)[0])
         more = tuple(tuple(tensor[: len(one.layer(0)[0])] for tensor in layer) for layer in drawn(1, 9))
         assert torch.equal(append(one, more, (5,)).layer(0)[0], append(other, more, (5,)).layer(0)[0])
+
+
+@pytest.mark.parametrize(
+    ("blocks", "options", "reserve"),
+    [
+        (7, {}, 18),
+        (7, {"window": 21}, 18),
+        (7, {"window": 20}, 0),
+        (7, {"max_context_frames": 18}, 0),
+        (1, {}, 0),
+        (33, {}, 96),
+        (34, {}, 0),  # longer than what is reserved at once
+    ],
+)
+def test_room_is_made_for_what_will_be_kept(blocks, options, reserve):
+    planned = tuple(Block(index=i, start=3 * i, frames=3, offset=3 * i) for i in range(blocks))
+    assert start_cache(planned, **options).reserve == reserve
+
+
+def test_given_frames_have_room_too():
+    planned = tuple(Block(index=i, start=3 * i + 2, frames=3, offset=3 * i) for i in range(3))
+    assert start_cache(planned, (Block(index=0, start=0, frames=2, offset=0),)).reserve == 2 + 2 * 3
