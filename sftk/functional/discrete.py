@@ -11,6 +11,7 @@ from torch import Tensor
 from sftk.core.geometry import block_problems, split_blocks
 from sftk.core.transform import transform
 from sftk.errors import ShapeError
+from sftk.functional.host import on_device
 from sftk.functional.keys import Key, uniform_like
 from sftk.functional.sampling import Per, spread_blocks
 from sftk.functional.schedule import check_steps, inference_timesteps, shift_problems, warp_steps
@@ -96,7 +97,7 @@ def draw_step(
         True
     """
     kept = _kept_steps(steps, keep_zero)
-    times = torch.tensor(warp_steps(kept, shift, warp), device=like.device, dtype=torch.float32)
+    times = on_device(warp_steps(kept, shift, warp), like.device, torch.float32)
     blocks = split_blocks(like.shape[1], frames_per_block, independent_first_frame) if per == "block" else ()
     index = draw_index(key, like, len(kept), per, blocks, name)
     if image_to_video:
@@ -201,7 +202,7 @@ def draw_grid_step(
         >>> [t.item() for t in draw_grid_step(Key(seed=0), torch.zeros(1, 1), intervals=1, frames_per_block=1)]
         [1000.0, 0.0]
     """
-    grid = torch.tensor((*inference_timesteps(intervals, shift), 0.0), device=like.device, dtype=torch.float32)
+    grid = on_device((*inference_timesteps(intervals, shift), 0.0), like.device, torch.float32)
     blocks = split_blocks(like.shape[1], frames_per_block, independent_first_frame) if per == "block" else ()
     index = draw_index(key, like, intervals, per, blocks, name)
     return grid[index], grid[index + 1]

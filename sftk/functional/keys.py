@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sftk.errors import ShapeError
+from sftk.functional.host import on_device
 
 
 @attrs.frozen(kw_only=True)
@@ -52,7 +53,7 @@ class Key:
         """[B, *shape] float32, uniform in [0, 1). Made of hashes on the host: few numbers, the same on every device."""
         count = math.prod(shape)
         values = [self._number(name, f"{sample}/{i}") // 2**40 / 2**24 for sample in self.samples for i in range(count)]
-        return torch.tensor(values, device=device).reshape(len(self.samples), *shape)
+        return on_device(values, device).reshape(len(self.samples), *shape)
 
     def integers(self, name: str, low: int, high: int, count: int) -> tuple[int, ...]:
         """`count` host integers in [low, high), equal for all samples and ranks."""

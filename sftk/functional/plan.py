@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
-import torch
 from torch import Tensor
 
 from sftk.core.geometry import block_problems, split_blocks
 from sftk.core.transform import transform
 from sftk.errors import ShapeError
+from sftk.functional.host import on_device
 from sftk.functional.keys import Key
 from sftk.functional.schedule import TIMESTEPS, check_steps, shift_problems, unshift_sigma, warp_steps
 
@@ -230,7 +230,7 @@ def plan_rollout(
     exit_from = raw[exits[0]] if same else None
     exit_to = (raw[exits[0] + 1] if exits[0] + 1 < len(raw) else 0.0) if same else None
     flags = [False] * given + [block.grad for block in blocks for _ in range(block.frames)]
-    gradient_mask = torch.tensor(flags[total - kept :], device=noise.device).expand(noise.shape[0], -1)
+    gradient_mask = on_device(flags[total - kept :], noise.device).expand(noise.shape[0], -1)
     return blocks, given_blocks, exit_from, exit_to, gradient_mask
 
 

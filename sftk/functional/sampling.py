@@ -11,6 +11,7 @@ from torch import Tensor
 from sftk.core.geometry import block_problems, split_blocks
 from sftk.core.transform import transform
 from sftk.errors import ShapeError
+from sftk.functional.host import on_device
 from sftk.functional.keys import Key, normal_like, uniform_like
 from sftk.functional.schedule import TIMESTEPS, shift_problems, shift_sigma
 
@@ -68,7 +69,7 @@ def spread_blocks(values: Tensor, blocks: tuple[int, ...]) -> Tensor:
         tensor([[0, 1, 1, 1, 4, 4, 4]])
     """
     starts = [sum(blocks[:i]) for i in range(len(blocks))]
-    index = torch.tensor([start for start, n in zip(starts, blocks, strict=True) for _ in range(n)], device=values.device)
+    index = on_device([start for start, n in zip(starts, blocks, strict=True) for _ in range(n)], values.device)
     return values[:, index]
 
 
