@@ -105,6 +105,7 @@ def plan_blocks(
         ShapeError: frames do not divide into blocks.
 
     Example:
+        >>> import torch
         >>> blocks, given = plan_blocks(torch.zeros(1, 6, 4, 2, 2), torch.zeros(1, 1, 4, 2, 2))
         >>> [block.positions for block in blocks], len(given)
         ([(1, 2, 3), (4, 5, 6)], 1)
@@ -205,6 +206,7 @@ def plan_rollout(
     Source: Self-Forcing, arXiv 2506.08009, algorithm 1.
 
     Example:
+        >>> import torch
         >>> plan = plan_rollout(Key(seed=0), torch.zeros(1, 6, 4, 2, 2), steps=[1000, 500], last_step_only=True)
         >>> [(b.positions, [s.timestep for s in b.lead], b.exit.timestep) for b in plan[0]]
         [((0, 1, 2), [1000.0], 500.0), ((3, 4, 5), [1000.0], 500.0)]
