@@ -77,7 +77,8 @@ def assert_planned(stage, world, exits, rel=1e-9):
             assert held.shards == built.mesh.shards(role)
         for role, optimizer in built.optimizers.items():
             moments = [local(t) for state in optimizer.state.values() for key, t in state.items() if key != "step"]
-            assert plan.roles[role].optimizer == sum(t.nbytes for t in moments)
+            # What has no gradient to reduce has no moments, either; they are a larger part of a rank's than of what it sends.
+            assert plan.roles[role].optimizer == pytest.approx(sum(t.nbytes for t in moments), rel=3 * rel)
         for role, ema in built.emas.items():
             assert plan.roles[role].average == sum(local(t).nbytes for t in ema.state_dict().values())
 
