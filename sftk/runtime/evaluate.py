@@ -232,7 +232,7 @@ def shipped_teacher(weights: Path | None, options: DigitsEvaluation) -> tuple[Ro
 
 
 def _samples_alike(told: dict[str, Any], options: DigitsEvaluation) -> bool:
-    """Whether stored options say what an evaluation's do. What they leave out had its default, and did not exist then, perhaps."""
+    """Whether stored options say what an evaluation's do; one that they leave out had its default, or came later."""
     ours = options.teacher_sampling
     fields = attrs.fields_dict(type(ours))
     if not told.keys() <= fields.keys():
