@@ -160,8 +160,8 @@ def set_auto(*, forward: Fastest = _SDPA, training: Fastest = _SDPA, layouts: La
         layouts: FlexAttention's mask, or calls without a mask for each run of frames that see the same ones.
 
     Example:
-        >>> set_auto(forward={512: "sdpa", 32760: "sdpa_cudnn"})
-        >>> automatic("forward", 4680)
+        >>> set_auto(forward={10: "sdpa", 1000: "sdpa_cudnn"})
+        >>> automatic("forward", 400)
         'sdpa_cudnn'
         >>> set_auto()
     """
@@ -177,7 +177,7 @@ def automatic(passes: str, keys: int) -> Backend:
         passes: `forward` or `training`.
 
     Example:
-        >>> automatic("training", 512)
+        >>> automatic("training", 400)
         'sdpa'
     """
     (nearest, found), *others = _auto[passes]
@@ -193,7 +193,7 @@ def settled(backend: Backend, keys: int, device: torch.device, dtype: torch.dtyp
     A model asks before its compiled blocks do: there, the number of keys may be any.
 
     Example:
-        >>> settled("auto", 512, torch.device("cpu"), torch.float32), settled("auto", 512, torch.device("cuda"), torch.bfloat16)
+        >>> settled("auto", 9, torch.device("cpu"), torch.float32), settled("auto", 9, torch.device("cuda"), torch.bfloat16)
         ('auto', 'sdpa')
     """
     if backend != "auto" or device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 
-class HeldLinear(nn.Linear):
+class HeldLinear(nn.Linear, ABC):
     """A linear layer with something in `held` that stands for its weight in calls without gradient.
 
     With gradient it is the layer that it was made from. Subclasses say what is held, and how it is used.
@@ -27,13 +28,13 @@ class HeldLinear(nn.Linear):
         self.held: Any = None
         self._stamp: tuple[int, int] | None = None
 
+    @abstractmethod
     def make(self) -> Any:
         """What is to be held, from the weight as it is."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parts(self, held: Any) -> tuple[Tensor, ...]:
         """The tensors of what is held."""
-        raise NotImplementedError
 
     @property
     def without_gradient(self) -> bool:

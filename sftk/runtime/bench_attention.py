@@ -61,8 +61,8 @@ class Shape:
         """The same with at most so many queries and keys; of a layout, with fewer tokens in a frame.
 
         Example:
-            >>> Shape(name="cross", queries=32760, keys=512).shrunk(4096).queries
-            4096
+            >>> Shape(name="cross", queries=9, keys=5).shrunk(6).queries
+            6
         """
         if self.layout is None:
             return attrs.evolve(self, queries=min(self.queries, most), keys=min(self.keys, most))
@@ -88,10 +88,10 @@ def model_shapes(
 
     Example:
         >>> from sftk.models import preset
-        >>> latents = LatentsSection(frames=21, channels=16, height=60, width=104)
-        >>> heads, shapes = model_shapes(preset("1.3b"), latents, batch=1, precision="bf16")
+        >>> latents = LatentsSection(frames=6, channels=4, height=8, width=8)
+        >>> heads, shapes = model_shapes(preset("digits"), latents, batch=1, precision="bf16")
         >>> [(shape.name, shape.queries, shape.keys) for shape in shapes][:3]
-        [('full', 32760, 32760), ('cached 0', 4680, 4680), ('cached 1', 4680, 9360)]
+        [('full', 96, 96), ('cached 0', 48, 48), ('cached 1', 48, 96)]
     """
     _, rows, columns = config.patch_size
     tokens, frames = latents.height // rows * (latents.width // columns), latents.frames
