@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from sftk.cli import main
 from sftk.data.codecs import digits_codec
 from sftk.models.weights import save_weights
+from sftk.runtime import streaming
 
 LEFT = ("--prompt", "a 3 moving left")
 SHORT = ("--frames", "6", "sampling.steps=[1000, 500]")
@@ -60,11 +63,21 @@ def test_a_video_its_latents_and_what_they_took(made):
     assert video == {
         "file": str(out), "latents": str(out.with_suffix(".safetensors")), "prompt": "a 3 moving left", "seed": 5, "frames": 6,
     }  # fmt: skip
-    assert 0 < said["first_block_latency"] < said["seconds"]["sample"] < said["seconds"]["total"]
-    assert said["frames_per_second"] * said["first_block_latency"] > 3
+    spent, part = video["frames"] / said["frames_per_second"], said["seconds"]
+    assert 0 < said["first_block_latency"] < spent < part["sample"] + 0.001, "a part is rounded to milliseconds"
+    assert part["total"] == pytest.approx(sum(part.values()) - part["total"], abs=0.0005 * len(part))
     assert said["peak_memory_bytes"]["total"] > 10**7
     with av.open(str(out)) as file:
         assert file.streams.video[0].average_rate == 8
+
+
+def test_speed_is_that_of_all_videos_and_latency_that_of_the_first_block(tmp_path, monkeypatch):
+    """By a clock that counts a second for each block; what is done between two blocks does not count."""
+    monkeypatch.setattr(streaming, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    out = ("--out", tmp_path / "v.safetensors")
+    said = json.loads(sample(*LEFT * 3, *SHORT, *out, "--batch", 2, "--json"))
+    batches, blocks = 2, 2
+    assert (said["first_block_latency"], said["frames_per_second"]) == (1, 3 * 6 / (batches * blocks))
 
 
 def test_the_line_at_the_end(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from click.testing import CliRunner
 from sftk.cli import main
 from sftk.errors import SpecError
 from sftk.functional.exit_key import ExitKey
-from sftk.runtime import bench_cases
+from sftk.runtime import bench_cases, bench_measure
 from sftk.runtime.bench import BenchOptions, run_bench
 from sftk.runtime.bench_cases import Cases, case_names, rollout_graph
 from sftk.runtime.bench_count import count_cases
@@ -130,10 +131,15 @@ def test_repeats_that_compile_are_not_counted():
     torch.compiler.reset()
 
 
-def test_long_calls_are_repeated_less():
-    import time
+def test_long_calls_are_repeated_less(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(bench_measure, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
-    assert len(measure(lambda: time.sleep(0.02), CPU, warmup=0, repeats=9, most_seconds=0.03).seconds) == 2
+    def call():
+        clock[0] += 2.0
+
+    assert measure(call, CPU, warmup=3, repeats=9, most_seconds=3.0).seconds == (2.0, 2.0)
+    assert measure(call, CPU, warmup=0, repeats=9, most_seconds=1.0).seconds == (2.0,)
 
 
 def test_one_failure_stops_nothing_else(tiny, tmp_path, monkeypatch):

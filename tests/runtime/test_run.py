@@ -93,7 +93,7 @@ def test_seconds_of_all_attempts(tiny, train):
     run = train(tiny(), "train.steps=2")
     run.write("seconds.json", {"train tiny": 1000.0})
     train(tiny(), "train.steps=2", resume=True)
-    assert 1000 < run.read("seconds.json")["train tiny"] < 1100
+    assert 1000 < run.read("seconds.json")["train tiny"] < 2000, "what was there counts once"
 
 
 def test_fewer_steps_than_were_made(tiny, train):

@@ -36,9 +36,11 @@ signal.signal(signal.SIGINT, lambda *_: stopped.append(130))
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(143))
 with open(LOG, "a") as log:
     print("begin", name, os.environ["OMP_NUM_THREADS"], file=log, flush=True)
-    deadline = time.monotonic() + (30 if say == "wait" else 0.3)
+    deadline = time.monotonic() + {"wait": 30, "meet": 120}.get(say, 0.3)
     while time.monotonic() < deadline and not stopped:
         time.sleep(0.01)
+        if say == "meet" and Path(LOG).read_text().count("begin") > 1:
+            break
     print("end", name, file=log, flush=True)
 if stopped:
     sys.exit(stopped[0])
@@ -97,7 +99,7 @@ def most_at_a_time(found):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_side_by_side_with_their_share_of_threads(study, tmp_path, count):
-    run = study({}, jobs_=count)
+    run = study({"one seed_0": "meet"} if count > 1 else {}, jobs_=count)
     found = events(tmp_path)
     assert min(count, 2) <= most_at_a_time(found) <= count
     assert {row[3] for row in found if row[0] == "begin"} == {str(max(1, 4 // count))}
