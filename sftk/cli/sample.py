@@ -140,4 +140,5 @@ def _start(
         return lambda: torch.cat([image_latents(sampler, path) for path in images])
     if video is not None:
         return functools.partial(video_latents, sampler, video, keep)
-    return None if initial is None else functools.partial(read_latents, initial, keep)
+    size = sampler.options.latents
+    return None if initial is None else functools.partial(read_latents, initial, keep, (size.channels, size.height, size.width))

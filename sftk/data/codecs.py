@@ -150,4 +150,7 @@ def check_codec(codec: Codec, channels: int, where: str) -> None:
         DataError: it does not.
     """
     if codec.channels != channels:
-        raise DataError(f"{where}: the codec makes {codec.channels} channels, the recipe's latents have {channels}")
+        raise DataError(
+            f"{where}: the codec makes {codec.channels} channels, the recipe's latents have {channels}; "
+            f"set latents.channels: {codec.channels}, or name another codec"
+        )

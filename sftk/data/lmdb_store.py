@@ -10,6 +10,7 @@ from pathlib import Path
 import attrs
 from torch import Tensor
 
+from sftk.data.latent_sizes import check_size
 from sftk.data.lmdb_layout import Header, is_environment, open_for_reading, read_header, read_record, record_problem
 from sftk.data.lmdb_writer import ShardWriter
 from sftk.errors import DataError
@@ -162,12 +163,7 @@ def check_latents(store: LatentStore, wanted: Sequence[int]) -> None:
     Raises:
         DataError: they differ.
     """
-    if store.shape[1:] != tuple(wanted):
-        found = dict(zip(("frames", "channels", "height", "width"), store.shape[1:], strict=True))
-        sizes = ", ".join(f"{name}: {size}" for name, size in found.items())
-        raise DataError(
-            f"{store.path} holds latents of {list(store.shape[1:])}, the recipe says {list(wanted)}; set latents: {{{sizes}}}"
-        )
+    check_size(f"{store.path} holds", store.shape[1:], wanted, "name a store of that size")
 
 
 def _good_places(headers: Sequence[Header], bad: list[str]) -> tuple[Place, ...]:

@@ -15,6 +15,7 @@ from sftk.data.codecs import CODECS, Codec, digits_codec, make_codec
 from sftk.data.digits import DigitClips, collate, embed_prompts
 from sftk.data.embedders import EMBEDDERS, make_embedder
 from sftk.data.image_captions import ImageCaptions, image_shapes
+from sftk.data.latent_sizes import AXES, say_latents
 from sftk.data.ode_pairs import PairPlan, open_pairs, pairs_shapes, plan_findings
 from sftk.data.prompts import Prompts, prompts_shapes
 from sftk.data.random_clips import RandomClips
@@ -172,7 +173,8 @@ def data_problems(name: str, options: Mapping[str, Any], frames: int, shape: tup
     for path, message, hint in (*wrong, *_named(found, options, frames, shape)):
         yield ("with", *path), message, hint
     if found.sample_shape is not None and found.sample_shape != shape:
-        yield (), f"{name} has latents of {found.sample_shape}, the recipe says {shape} (channels, height, width)", None
+        message = f"{name} has latents of {found.sample_shape}, the recipe says {shape} (channels, height, width)"
+        yield (), message, say_latents(dict(zip(AXES[1:], found.sample_shape, strict=True)))
     if found.settings is not None and not wrong:
         try:
             settings = call(name, found.settings, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from sftk.data.latent_sizes import check_batch
 from sftk.data.sources import source
 from sftk.errors import DataError
 from sftk.spec.data_files import found_files
@@ -71,10 +72,16 @@ class Loader:
     Args:
         batches: a loader over `sampler`.
         sampler: decides what the next batch is when the loader is asked for it.
+        check: looks at each batch before it is used.
     """
 
-    def __init__(self, batches: StatefulDataLoader, sampler: EndlessBatches):
-        self._batches, self._sampler = batches, sampler
+    def __init__(
+        self,
+        batches: StatefulDataLoader,
+        sampler: EndlessBatches,
+        check: Callable[[Mapping[str, Any]], None] = lambda batch: None,
+    ):
+        self._batches, self._sampler, self._check = batches, sampler, check
         self.position = 0
 
     @property
@@ -88,6 +95,7 @@ class Loader:
 
     def _counted(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for batch in batches:
+            self._check(batch)
             self.position += self._sampler.stride
             yield batch
 
@@ -109,7 +117,7 @@ def make_loader(recipe: Recipe, beside: Path | None = None, *, rank: int = 0, wo
         rank, world: which of how many ranks reads.
 
     Raises:
-        DataError: the data set is empty or broken.
+        DataError: the data set is empty or broken; when a batch is taken: its latents have another size than the recipe's.
     """
     found = source(recipe.data.use)
     options = found_files(recipe.data.use, recipe.data.with_, beside)
@@ -119,4 +127,6 @@ def make_loader(recipe: Recipe, beside: Path | None = None, *, rank: int = 0, wo
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
         workers = recipe.data.workers
-        return Loader(StatefulDataLoader(data, batch_sampler=sampler, collate_fn=found.collate, num_workers=workers), sampler)
+        batches = StatefulDataLoader(data, batch_sampler=sampler, collate_fn=found.collate, num_workers=workers)
+    size = attrs.astuple(recipe.latents)
+    return Loader(batches, sampler, lambda batch: check_batch(recipe.data.use, batch, size))

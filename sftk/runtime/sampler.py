@@ -14,6 +14,7 @@ from torch import Tensor
 from sftk.core.geometry import split_blocks
 from sftk.core.graph import Graph
 from sftk.data.codecs import Codec
+from sftk.data.latent_sizes import AXES, say_latents
 from sftk.errors import SftkError, ShapeError
 from sftk.functional.frame_noise import FrameNoise
 from sftk.functional.keys import Key
@@ -161,7 +162,10 @@ class Sampler:
         frame = (latents.channels, latents.height, latents.width)
         if given.dim() != 5 or given.shape[0] not in (1, count) or tuple(given.shape[2:]) != frame:
             wanted = f"[{count}, F, {', '.join(map(str, frame))}]"
-            raise ShapeError(f"the given latents have shape {list(given.shape)}, expected {wanted} with {count} or 1 videos")
+            message = f"the given latents have shape {list(given.shape)}, expected {wanted} with {count} or 1 videos"
+            sizes = dict(zip(AXES[1:], given.shape[2:], strict=False))
+            fix = f"; give others, or {say_latents(sizes)}" if given.dim() == 5 and tuple(sizes.values()) != frame else ""
+            raise ShapeError(message + fix)
         return given.to(self.device, torch.float32).expand(count, -1, -1, -1, -1)
 
     def _graph(self, frames: int, count: int) -> Graph:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from sftk.core.geometry import LatentShape
 from sftk.core.state import detached
+from sftk.data.latent_sizes import check_batch
 from sftk.data.sources import source
-from sftk.errors import Problem, SpecError
+from sftk.errors import DataError, Problem, SpecError
 from sftk.functional.keys import Key
 from sftk.runtime.build import meta_module, training_graph
 from sftk.runtime.port import make_port
@@ -116,7 +117,11 @@ def repeat_first_block(model: nn.Module) -> None:
 
 
 def meta_batch(stage: Stage) -> dict[str, Any]:
-    """A micro-batch of a stage on meta tensors, with the runner's noise and key."""
+    """A micro-batch of a stage on meta tensors, with the runner's noise and key.
+
+    Raises:
+        SpecError: its latents have another size than the recipe's.
+    """
     recipe = stage.recipe
     size, _ = recipe.batch.split()
     data = source(recipe.data.use)
@@ -128,6 +133,10 @@ def meta_batch(stage: Stage) -> dict[str, Any]:
         samples = data.build(**attrs.asdict(recipe.latents), seed=recipe.seed, options=options)
         batch = data.collate([samples[i % len(samples)] for i in range(size)])
         values = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in batch.items()}
+    try:
+        check_batch(recipe.data.use, values, attrs.astuple(recipe.latents))
+    except DataError as error:
+        raise SpecError([stage.document.locate(Problem(path=("data",), message=str(error)))]) from error
     shape = LatentShape(
         frames=recipe.latents.frames,
         channels=recipe.latents.channels,

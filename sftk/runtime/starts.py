@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sftk.data.codecs import Codec
+from sftk.data.latent_sizes import check_size
 from sftk.data.pictures import cover
 from sftk.errors import DataError, SftkError, ShapeError
 from sftk.functional.plan import split_given
@@ -79,8 +80,13 @@ def save_latents(path: Path, latents: Tensor, about: Mapping[str, Any]) -> None:
         save_file({LATENTS: latents.detach().cpu().contiguous()}, part, metadata=metadata)
 
 
-def read_latents(path: Path, keep: int | None = None) -> Tensor:
+def read_latents(path: Path, keep: int | None = None, size: Sequence[int] = ()) -> Tensor:
     """[1, F0, C, H, W] float32: latents that `save_latents` wrote, or their last `keep` frames.
+
+    Args:
+        path: the file.
+        keep: frames; None takes all.
+        size: C, H, W that they are to have, of a recipe; any by default.
 
     Raises:
         DataError: the file is missing, broken or holds something else.
@@ -104,6 +110,8 @@ def read_latents(path: Path, keep: int | None = None) -> Tensor:
         raise DataError(f"{path}: {LATENTS!r} has shape {list(latents.shape)}; expected [F, C, H, W]")
     if keep is not None and latents.shape[0] < keep:
         raise DataError(f"{path} has {latents.shape[0]} latent frames, expected at least {keep}")
+    if size:
+        check_size(f"{path} holds", latents.shape, size, "name a file of that size")
     return latents[None] if keep is None else latents[None, -keep:]
 
 

@@ -97,13 +97,15 @@ class Checks:
                 continue
             if model.config.in_dim != recipe.latents.channels:
                 message = f"the model takes {model.config.in_dim} channels, the latents have {recipe.latents.channels}"
-                self._say(("models", role, "size"), message)
+                fix = f"set latents.channels: {model.config.in_dim}, or name a size whose in_dim is {recipe.latents.channels}"
+                self._say(("models", role, "size"), message, fix)
             _, rows, columns = model.config.patch_size
             if recipe.latents.height % rows or recipe.latents.width % columns:
                 message = (
                     f"a patch of {rows}x{columns} does not divide latents of {recipe.latents.height}x{recipe.latents.width}"
                 )
-                self._say(("models", role, "size"), message)
+                fix = f"take a multiple of {rows} for latents.height and of {columns} for latents.width"
+                self._say(("models", role, "size"), message, fix)
             wide = {name: size for name in ("dim", "ffn_dim") if (size := getattr(model.config, name)) % MULTIPLE}
             if model.lowp.over(recipe.lowp) == "fp8" and wide:
                 place = ("models", role, "lowp") if model.lowp.linears else ("lowp", "linears")
@@ -132,7 +134,8 @@ class Checks:
             self._say(place, str(error))
             return
         if made != channels:
-            self._say(place, f"the codec makes latents of {made} channels, the recipe has {channels}")
+            message = f"the codec makes latents of {made} channels, the recipe has {channels}"
+            self._say(place, message, f"set latents.channels: {made}, or name another codec")
 
     def _branch(self, role: str, model: ModelSection) -> None:
         """A branch reads hidden states of a backbone of this recipe."""

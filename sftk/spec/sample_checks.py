@@ -50,7 +50,11 @@ def sample_findings(recipe: Recipe) -> Iterator[Finding]:
     codec: Any = yield from _made("codec", CODECS, section.codec, make_codec)
     if codec is not None and codec.channels != recipe.latents.channels:
         message = f"the codec decodes {codec.channels} channels, the latents have {recipe.latents.channels}"
-        yield ("codec",), message, None
+        yield (
+            ("codec",),
+            message,
+            f"name a codec of {recipe.latents.channels} channels, or set latents.channels: {codec.channels}",
+        )
     text: Any = yield from _made("text", EMBEDDERS, section.text, make_embedder)
     for role in section.roles:
         model = backbones.get(role)
@@ -58,7 +62,7 @@ def sample_findings(recipe: Recipe) -> Iterator[Finding]:
             continue
         if text.shape[1] != model.config.text_dim:
             message = f"rows of {text.shape[1]} from the text embedder, {role!r} takes {model.config.text_dim}"
-            yield ("text",), message, None
+            yield ("text",), message, f"name an embedder whose rows are as wide, or a size whose text_dim is {text.shape[1]}"
 
 
 def _made(

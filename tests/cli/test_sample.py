@@ -159,7 +159,12 @@ def test_it_begins_with_pictures(tmp_path):
         (("--image", "x.png"), 1, "cannot read the image x.png"),
         (("--initial", "x.safetensors"), 1, "cannot read the latents x.safetensors"),
         (("--initial", "other.safetensors"), 1, "other.safetensors holds weight; expected 'latents', as --latents writes it"),
-        (("--initial", "wide.safetensors"), 1, "given latents have shape [1, 3, 4, 8, 9], expected [1, F, 4, 8, 8]"),
+        (
+            ("--initial", "wide.safetensors"),
+            1,
+            "wide.safetensors holds latents of [3, 4, 8, 9], the recipe says [4, 8, 8] (channels, height, width); set latents: "
+            "{channels: 4, height: 8, width: 9} in the recipe, or name a file of that size",
+        ),
         (("--initial", "wide.safetensors", "--keep", "9"), 1, "wide.safetensors has 3 latent frames, expected at least 9"),
         (("--video", "x.mp4"), 1, "cannot decode the video x.mp4"),
         (("--frames", "7"), 1, "7 frames do not divide into blocks of 3; take 6 or 9 frames"),

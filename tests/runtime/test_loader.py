@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 
+import attrs
 import pytest
 import torch
 
 from sftk.data.lmdb_store import LatentStore, write_store
-from sftk.errors import DataError
+from sftk.errors import DataError, SpecError
 from sftk.runtime.loader import EndlessBatches, make_loader
+from sftk.runtime.shapes import check_shapes
 from sftk.spec.recipe import load_recipe
 
 
@@ -139,3 +141,66 @@ def test_workers_survive_a_fork_after_the_store_was_read(tiny, store):
     assert reader[3][1] == "a 9 moving left"
     assert len(list(itertools.islice(make_loader(stage.recipe), 4))) == 4
     assert reader[1][1] == "a 3 moving left"
+
+
+PLUGIN = """\
+import torch
+
+from sftk.data.sources import SOURCES, DataSource
+from torch.utils.data import default_collate
+
+
+def clips(*, frames, seed, key="latents", shape=()):
+    sample = {"prompt_embeds": torch.zeros(4, 32), "negative_embeds": torch.zeros(4, 32), "prompt": "a fox"}
+    return [sample | {key: torch.zeros(shape)}] * 5
+
+
+SOURCES["clips of any size"] = DataSource(
+    make=clips, collate=default_collate, keys=("latents", "prompt_embeds", "negative_embeds", "initial_latents")
+)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(
+    ("key", "shape", "said"),
+    [
+        ("latents", [6, 4, 8, 8], None),
+        ("initial_latents", [1, 4, 8, 8], None),
+        (
+            "latents",
+            [6, 16, 8, 8],
+            r"\[6, 16, 8, 8\], the recipe says \[6, 4, 8, 8\] .*; set latents: {frames: 6, channels: 16, ",
+        ),
+        ("latents", [9, 4, 8, 8], r"\[9, 4, 8, 8\], the recipe says .*; set latents: {frames: 9, channels: 4, "),
+        ("initial_latents", [1, 4, 8, 9], r"\[1, 4, 8, 9\], .* says \[4, 8, 8\] .*; set latents: {channels: 4, .*width: 9}"),
+        ("ode_latents", [5, 3, 4, 8, 8], r"\[5, 3, 4, 8, 8\], the recipe says \[6, 4, 8, 8\] .*; set latents: {frames: 3, "),
+        ("latents", [8], r"\[8\], the recipe says .*; let the data set give that size"),
+    ],
+)
+def test_data_of_another_size_than_the_recipe_s(tiny, tmp_path, key, shape, said):
+    """Said by `sftk check --shapes` with its place, and before a model sees a batch, from a process that reads ahead, too."""
+    (tmp_path / "any_size.py").write_text(PLUGIN)
+    data = f"use: clips of any size, with: {{key: {key}, shape: {shape}}}"
+    changes = "version: 1", "version: 1\nplugins: [any_size.py]", "use: digits, with: {split: train, size: 7}", data
+    (stage,) = load_recipe(tiny(*changes))
+    begins = f"the data set 'clips of any size' gives, as `{key}`, latents of "
+    if said is None:
+        check_shapes(stage)
+        assert next(iter(make_loader(stage.recipe)))[key].shape[1:] == torch.Size(shape)
+        return
+    with pytest.raises(SpecError, match=begins + said + r".* @ \$\.data \(.*tiny.yaml:\d+\)"):
+        check_shapes(stage)
+    for workers in (0, 1):
+        recipe = attrs.evolve(stage.recipe, data=attrs.evolve(stage.recipe.data, workers=workers))
+        with pytest.raises(DataError, match=begins + said):
+            next(iter(make_loader(recipe)))
+
+
+def test_a_store_of_another_size_than_the_recipe_s(tiny, train, store):
+    change = "use: digits, with: {split: train, size: 7}", f"use: latents, with: {{path: {store}, text: digits}}"
+    said = (
+        r"clips holds latents of \[6, 4, 8, 8\], the recipe says \[12, 4, 8, 8\] .*; set latents: {frames: 6, .*}.*, or name a"
+    )
+    with pytest.raises(DataError, match=said):
+        train(tiny(*change), "latents.frames=12")

@@ -208,7 +208,8 @@ def test_mistakes_are_named(model):
     sampler = make_sampler(model, STUDENT)
     with pytest.raises(ShapeError, match="7 frames do not divide into blocks of 3; take 6 or 9 frames"):
         sampler.stream(PROMPTS, frames=7)
-    with pytest.raises(ShapeError, match=r"given latents have shape \[1, 1, 4, 8, 9\], expected \[3, F, 4, 8, 8\]"):
+    wide = r"shape \[1, 1, 4, 8, 9\], expected \[3, F, 4, 8, 8\] .*; give others, or set latents: {.*width: 9}"
+    with pytest.raises(ShapeError, match=wide):
         sampler.stream(PROMPTS, initial_latents=torch.zeros(1, 1, 4, 8, 9))
     with pytest.raises(ShapeError, match="5 frames do not divide into blocks of 3"):
         sampler.stream(PROMPTS, initial_latents=torch.zeros(1, 5, 4, 8, 8))
