@@ -77,5 +77,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         >>> rotate(torch.tensor([[[[1.0, 0.0]]]]), torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
         tensor([[[[0., 1.]]]])
     """
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    turn = _turn_flipped if torch.compiler.is_compiling() else _turn_halves
+    return turn(x.to(cos.dtype).unflatten(-1, (-1, 2)), cos, sin).flatten(-2).to(x.dtype)
+
+
+def _turn_halves(pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[..., D / 2, 2] turned, the even channels apart from the odd ones: the fewest passes over memory without a compiler."""
+    even, odd = pairs.unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+
+
+def _turn_flipped(pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same, one channel from itself and its neighbour: Inductor fuses it with a norm before and a cast after it."""
+    sign = torch.arange(-1, 3, 2, dtype=cos.dtype, device=cos.device)
+    return pairs * cos[..., None] + pairs.flip(-1) * sin[..., None] * sign

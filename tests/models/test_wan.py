@@ -221,6 +221,19 @@ def test_rotation_keeps_lengths_and_adds_up(randn):
     close(rotate(turned, cos, -sin), x)
 
 
+@quiet
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_rotation_compiles_to_the_same(randn, dtype):
+    """The compiled form is another one, whose products and sums are the same: so are the bits, of the gradient, too."""
+    torch._dynamo.reset()
+    tables = rope_table((3, 7), 2, 2, 12, 1e4, 1e4, torch.device("cpu"), torch.promote_types(dtype, torch.float32))
+    x, upstream = randn(2, 8, 2, 12).to(dtype).requires_grad_(), randn(2, 8, 2, 12).to(dtype)
+    found, expected = (turn(x, *tables) for turn in (torch.compile(rotate, backend="aot_eager", fullgraph=True), rotate))
+    assert found.grad_fn.name() == "CompiledFunctionBackward"
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(y, x, upstream)[0] for y in (found, expected)))
+
+
 @pytest.mark.parametrize(("width", "pairs"), [(128, (22, 21, 21)), (32, (6, 5, 5)), (12, (2, 2, 2)), (2, (1, 0, 0))])
 def test_axis_pairs(width, pairs):
     assert axis_pairs(width) == pairs
