@@ -62,6 +62,7 @@ def _check(
     from sftk.runtime.evaluators import evaluation_problems
     from sftk.spec.recipe import find_document, is_study, load_recipe
     from sftk.spec.study import load_study
+    from sftk.spec.wording import counted
 
     if not is_study(find_document(recipe)[1]):
         for stage in load_recipe(recipe, overrides, check=evaluation_problems):
@@ -74,7 +75,7 @@ def _check(
         _print(console, f"{row.name}, {seeds}", row.stage, shapes)
         _print_ranks(console, row.stage, ranks, node)
     runs = sum(len(row.seeds) for row in study.rows)
-    console.print(f"{study.name}: ok: {len(study.rows)} row{'s' * (len(study.rows) > 1)}, {runs} run{'s' * (runs > 1)}")
+    console.print(f"{study.name}: ok: {counted(len(study.rows), 'row')}, {counted(runs, 'run')}")
 
 
 def _print(console: Console, name: str, stage: Stage, shapes: bool) -> None:
@@ -100,11 +101,11 @@ def _print_shapes(console: Console, stage: Stage) -> None:
 
 def _print_ranks(console: Console, stage: Stage, ranks: int | None, node: int | None) -> None:
     from sftk.spec.rank_checks import check_ranks
+    from sftk.spec.wording import counted, passes
 
     if ranks is None:
         return
     found = check_ranks(stage, ranks, node or ranks)
     held = ", ".join(f"{role} over {shards}" for role, shards in found.shards.items())
-    passes = f"{found.per_rank} sample{'s' * (found.per_rank > 1)} in a pass, {found.accumulation} in an update"
-    together = f", {found.sequence} share each" if found.sequence > 1 else ""
-    console.print(f"  {ranks} rank{'s' * (ranks > 1)}: {passes}{together}; weights: {held}", soft_wrap=True)
+    split = passes(found.per_rank, found.accumulation, found.sequence)
+    console.print(f"  {counted(ranks, 'rank')}: {split}; weights: {held}", soft_wrap=True)

@@ -21,6 +21,7 @@ from sftk.data.video import SUFFIXES
 from sftk.errors import DataError
 from sftk.runtime.sheets import contact_sheet
 from sftk.spec.dump import dump_yaml
+from sftk.spec.wording import counted
 
 _THUMBNAIL = 160
 
@@ -52,7 +53,7 @@ def inspect_data(path: Path, sheet: Path, *, codec: Choice | None = None, rows: 
         return _images(path, sheet, rows)
     if path.is_file():
         prompts = read_prompts(path)
-        lines = (f"{path}: {len(prompts)} prompt{'s' * (len(prompts) > 1)}", *_some(prompts, rows))
+        lines = (f"{path}: {counted(len(prompts), 'prompt')}", *_some(prompts, rows))
         return Inspection(lines=lines)
     if is_environment(path) and read_about(path).get("kind") == KIND:
         return _embeddings(EmbeddingStore.open(path), rows)
@@ -95,7 +96,7 @@ def _store(store: LatentStore, sheet: Path, codec: Choice | None, rows: int) -> 
     steps, *clip = store.shape
     size = sum((shard.folder / "data.mdb").stat().st_size for shard in store.shards)
     states = f", {steps} states each" if steps > 1 else ""
-    places = f"{len(store.shards)} environment{'s' * (len(store.shards) > 1)}"
+    places = counted(len(store.shards), "environment")
     lines = [
         f"{store.path}: {len(store)} records in {places}, {size / 1e6:.1f} MB",
         f"latents {clip} (frames, channels, height, width){states}; of those shown: mean {values.mean():.3f}, "

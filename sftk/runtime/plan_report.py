@@ -8,6 +8,7 @@ from sftk.errors import SpecError
 from sftk.runtime.plan_layout import PhasePlan, Plan
 from sftk.runtime.plan_rates import GIB
 from sftk.runtime.plan_traffic import KINDS
+from sftk.spec.wording import passes
 
 Row = tuple[str, ...]
 PARTS = {"weights": "weights", "optimizer": "optimiser", "average": "averages"}
@@ -18,9 +19,8 @@ SENT = ("sent in an update", "", "ranks", "calls", "tensors", "within node", "ac
 
 def describe_plan(plan: Plan) -> Iterator[str]:
     """Lines that say all about one plan."""
-    batch = _count(plan.per_rank, "sample") + " in a pass, " + _count(plan.accumulation, "pass", "passes") + " an update"
-    shared = f", {plan.sequence} ranks share each" if plan.sequence > 1 else ""
-    yield f"{plan.stage}: {plan.gpus} x {plan.gpu}, {plan.node} a node; {batch}{shared}"
+    batch = passes(plan.per_rank, plan.accumulation, plan.sequence)
+    yield f"{plan.stage}: {plan.gpus} x {plan.gpu}, {plan.node} a node; {batch}"
     yield from _table(ROLES, [*(_role(name, plan) for name in plan.roles), *_loaded(plan)])
     yield from _table(PHASES, [_phase(phase) for phase in plan.phases])
     sent = [
@@ -114,10 +114,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], first: int = 24) 
     width = max(13, *(len(cell) + 1 for row in (head, *rows) for cell in row[1:]))
     for row in (head, *rows):
         yield f"  {row[0]:{first}}" + "".join(f"{cell:>{width}}" for cell in row[1:])
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _verdict(plan: Plan) -> str:

@@ -8,6 +8,7 @@ from sftk.errors import Problem, SpecError
 from sftk.functional.token_split import degree_problem
 from sftk.spec.parallel import ModelParallel, Shard
 from sftk.spec.schema import AUTO, Recipe
+from sftk.spec.wording import counted
 
 
 @attrs.frozen(kw_only=True)
@@ -58,7 +59,7 @@ def arrange_ranks(recipe: Recipe, ranks: int, node: int) -> Arrangement:
     problems: list[Problem] = []
     section = recipe.parallel
     if ranks % section.sequence:
-        message = f"sequence {section.sequence} does not divide {_ranks(ranks)}"
+        message = f"sequence {section.sequence} does not divide {counted(ranks, 'rank')}"
         problems.append(Problem(path=("parallel", "sequence"), message=message))
     shards = {}
     for role, policy in policies(recipe).items():
@@ -66,7 +67,7 @@ def arrange_ranks(recipe: Recipe, ranks: int, node: int) -> Arrangement:
         if ranks % shards[role]:
             own = recipe.models[role].parallel.shard is not None
             path = ("models", role, "parallel", "shard") if own else ("parallel", "shard")
-            problems.append(Problem(path=path, message=f"shard {shards[role]} does not divide {_ranks(ranks)}"))
+            problems.append(Problem(path=path, message=f"shard {shards[role]} does not divide {counted(ranks, 'rank')}"))
     per_rank, accumulation = 1, 1
     try:
         per_rank, accumulation = recipe.batch.split(max(ranks // section.sequence, 1))
@@ -117,7 +118,3 @@ def sequence_problems(recipe: Recipe) -> list[Problem]:
         if problem is not None:
             found.append(Problem(path=("parallel", "sequence"), message=f"{problem} ({role!r})"))
     return found
-
-
-def _ranks(count: int) -> str:
-    return f"{count} rank{'s' * (count != 1)}"

@@ -8,7 +8,7 @@ from typing import Any, cast
 import attrs
 
 from sftk.errors import Problem, SpecError, did_you_mean
-from sftk.spec.wording import describe
+from sftk.spec.wording import counted, describe
 
 KeyPath = tuple[str | int, ...]
 Place = tuple[str, int | None]
@@ -121,7 +121,7 @@ class Document:
             wanted = f"a list with an item {step}" if isinstance(step, int) else f"a mapping with a key {step!r}"
             message, hint = f"expected {wanted}, found {describe(node)}", None
             if isinstance(step, int) and isinstance(node, list):
-                message = f"index {step} is out of range: the list has {len(node)} item{'s' * (len(node) != 1)}"
+                message = f"index {step} is out of range: the list has {counted(len(node), 'item')}"
             elif isinstance(step, int) and node is None:
                 hint = "items are not added one by one: give the whole list"
             raise SpecError([Problem(path=done, message=message, hint=hint, file=file, line=line)])

@@ -15,7 +15,7 @@ from sftk.errors import Problem, did_you_mean
 from sftk.spec.annotations import MAPPINGS, SEQUENCES, bare, key_of, origin_of
 from sftk.spec.document import KeyPath
 from sftk.spec.findings import CAUSED_BY_USER, Finding, InvalidValue, findings_of
-from sftk.spec.wording import choices, describe, expected
+from sftk.spec.wording import choices, counted, describe, expected
 
 
 def make_converter() -> Converter:
@@ -69,7 +69,7 @@ def _sequence(converter: Converter, value: Any, kind: Any) -> Any:
     if origin_of(kind) is not tuple or not items or items[-1] is Ellipsis:
         items = (items[0] if items else Any,) * len(value)
     if len(items) != len(value):
-        sizes = [f"a list of {size} item{'s' * (size != 1)}" for size in (len(items), len(value))]
+        sizes = [f"a list of {counted(size, 'item')}" for size in (len(items), len(value))]
         raise _invalid(f"expected {sizes[0]}, found {sizes[1]}")
     findings: list[Finding] = []
     done = [

@@ -1,4 +1,4 @@
-"""Values and types in plain words, for error messages."""
+"""Values, types and numbers of things in plain words, for messages."""
 
 from __future__ import annotations
 
@@ -30,6 +30,32 @@ def describe(value: Any) -> str:
     if isinstance(value, str):
         return f'the string "{value if len(value) <= 60 else value[:57] + "..."}"'
     return "a list" if isinstance(value, list) else "a mapping" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number of things.
+
+    Example:
+        >>> counted(1, "rank"), counted(2, "rank"), counted(8, "pass", "passes")
+        ('1 rank', '2 ranks', '8 passes')
+    """
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def passes(per_rank: int, accumulation: int, sequence: int) -> str:
+    """How a batch is split.
+
+    Args:
+        per_rank: samples of one forward pass on one rank.
+        accumulation: forward passes of one update.
+        sequence: ranks that share a sample.
+
+    Example:
+        >>> passes(1, 8, sequence=2)
+        '1 sample in a pass, 8 passes an update, 2 ranks share each sample'
+    """
+    shared = f", {sequence} ranks share each sample" if sequence > 1 else ""
+    return f"{counted(per_rank, 'sample')} in a pass, {counted(accumulation, 'pass', 'passes')} an update{shared}"
 
 
 def expected(kind: Any) -> str:
