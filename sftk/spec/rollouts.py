@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 import attrs
 
 from sftk.core.fold import Fold
-from sftk.core.graph import Graph, inlined
+from sftk.core.graph import Graph
+from sftk.core.inline import inlined
 from sftk.core.replay import is_replayable
 from sftk.core.transform import FunctionTransform, Node, Transform
 from sftk.spec.schema import PhaseSection

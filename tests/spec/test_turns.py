@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sftk.core.graph import Graph, inlined
+from sftk.core.graph import Graph
+from sftk.core.inline import inlined
 from sftk.core.transform import transform
 from sftk.errors import SpecError
 from sftk.spec.recipe import load_recipe
