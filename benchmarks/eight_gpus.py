@@ -24,6 +24,7 @@ from typing import Any
 import attrs
 from rank_steps import TINY, Ranks, build_ranks, peak_gib, reset_peak, time_updates, wait
 
+from sftk.functional.attention import FLASH
 from sftk.runtime.bench_cases import ROLLOUT, Cases, rollout_graph
 from sftk.runtime.bench_count import count_cases
 from sftk.runtime.checkpoint_saver import Staging
@@ -194,9 +195,8 @@ def planned(setting: Setting, overrides: list[str], gpu_name: str, node: int) ->
     stage = setting.stage(overrides)
     if setting.part == "c":
         device, work = gpu(gpu_name), count_cases(stage, [ROLLOUT], setting.sequence)[ROLLOUT, None]
-        seconds = device.matrix_seconds(
-            work.gemm, work.attention, 0.0, flash=stage.recipe.models["generator"].backend == "flash"
-        )
+        flash = stage.recipe.models["generator"].backend in FLASH
+        seconds = device.matrix_seconds(work.gemm, work.attention, 0.0, flash=flash)
         seconds += work.moved / (device.bandwidth * 1e12) + work.sent / (device.link * 1e9)
         return {"seconds": round(seconds, 3), "tflop": round(work.flops / 1e12, 1)}
     plan = plan_stage(stage, gpus=setting.ranks, gpu_name=gpu_name, node=node, advice=False)

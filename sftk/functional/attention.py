@@ -15,11 +15,12 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from sftk.errors import ShapeError, SpecError
 from sftk.functional.attention_spans import Spans, attention_by_spans, token_spans
-from sftk.functional.flash import flash_attention, flash_operators, has_flash
+from sftk.functional.flash import flash_attention, flash_operators, has_flash, has_flash_4
 from sftk.functional.layout import Layout, flex_mask, token_mask
 from sftk.functional.meta_attention import META_OP, SeenPairs, meta_attention
+from sftk.functional.split_kv import split_kv_attention
 
-Backend = Literal["auto", "sdpa", "sdpa_cudnn", "sdpa_flash", "math", "flex", "flash"]
+Backend = Literal["auto", "sdpa", "sdpa_cudnn", "sdpa_flash", "math", "flex", "flash", "flash_split_kv"]
 Layouts = Literal["flex", "spans"]
 
 _KERNELS = {
@@ -28,7 +29,11 @@ _KERNELS = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
 }
 """Backends that hold PyTorch to one of its kernels."""
-UNMASKED: tuple[Backend, ...] = ("sdpa_cudnn", "sdpa_flash", "flash")
+WITHOUT_GRADIENT: Mapping[str, Backend] = {"flash_split_kv": "flash"}
+"""Backends that compute calls with gradient as another one does."""
+FLASH: tuple[Backend, ...] = ("flash", "flash_split_kv")
+"""Backends that need the package FlashAttention."""
+UNMASKED: tuple[Backend, ...] = ("sdpa_cudnn", "sdpa_flash", *FLASH)
 """Backends for CUDA in half precision that take no mask: they compute a layout as `Spans`."""
 
 
@@ -72,9 +77,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Ba
         mask: who sees whom, from `attention_mask`; None is full attention.
         backend: `sdpa` is PyTorch's fused attention with the kernel that it picks, `sdpa_cudnn` with cuDNN's, `sdpa_flash`
             with its FlashAttention 2; `math` its unfused one (which has second derivatives and forward mode), `flex`
-            FlexAttention for masks, `flash` FlashAttention when it is installed. Those in `UNMASKED` need CUDA and half
-            precision, and compute a layout in calls without a mask. `auto` is what suits the mask, and without one sdpa or what
-            `set_auto` says.
+            FlexAttention for masks, `flash` FlashAttention when it is installed, `flash_split_kv` its version 4 over halves of
+            the keys where there is no gradient, for few queries (`split_kv_attention`). Those in `UNMASKED` need CUDA and
+            half precision, and compute a layout in calls without a mask. `auto` is what suits the mask, and without one sdpa
+            or what `set_auto` says.
 
     Returns:
         [B, Lq, H, D], q's dtype.
@@ -96,7 +102,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Ba
             return attention_by_spans(q, k, v, mask, functools.partial(attention, backend=backend))
         mask = token_mask(mask.layout, mask.tokens_per_frame, q.device)
     if mask is None:
-        backend = settled(backend, k.shape[1], q.device, q.dtype)
+        backend = settled(backend, q.shape[1], k.shape[1], q.device, q.dtype)
     if q.is_meta and backend != "math":
         return meta_attention(q, k, v, mask)
     if backend in UNMASKED and (mask is not None or not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16)):
@@ -104,8 +110,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Ba
         raise SpecError(
             f"the attention backend {backend!r} needs bf16 or fp16 on CUDA without a mask, found {found}; use 'sdpa'"
         )
-    if backend == "flash":
-        return flash_attention(q, k, v)
+    if backend in FLASH:
+        return flash_attention(q, k, v) if backend == "flash" else split_kv_attention(q, k, v)
     heads = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     if mask is not None and not isinstance(mask, Tensor):
         if not _exact:
@@ -127,8 +133,8 @@ def available_backends() -> tuple[Backend, ...]:
     everywhere: tuple[Backend, ...] = ("sdpa", "math", "flex")
     if not torch.cuda.is_available():
         return everywhere
-    with_cuda = (*everywhere, "sdpa_cudnn", "sdpa_flash")
-    return (*with_cuda, "flash") if has_flash() else with_cuda
+    flash: tuple[Backend, ...] = FLASH if has_flash_4() else ("flash",) if has_flash() else ()
+    return (*everywhere, "sdpa_cudnn", "sdpa_flash", *flash)
 
 
 @functools.lru_cache(maxsize=1)
@@ -144,10 +150,10 @@ def attention_operators() -> frozenset[Any]:
     return frozenset((*fused, *flash_operators(), torch.ops.higher_order.flex_attention, META_OP))
 
 
-Fastest = Mapping[int, Backend]
-"""Backends by the number of keys at which they were measured."""
-_SDPA: Fastest = {1: "sdpa"}
-_auto: dict[str, tuple[tuple[int, Backend], ...]] = {name: tuple(_SDPA.items()) for name in ("forward", "training")}
+Fastest = Mapping[tuple[int, int], Backend]
+"""Backends by the numbers of queries and keys at which they were measured."""
+_SDPA: Fastest = {(1, 1): "sdpa"}
+_auto: dict[str, tuple[tuple[tuple[int, int], Backend], ...]] = dict.fromkeys(("forward", "training"), tuple(_SDPA.items()))
 _layouts: Layouts = "flex"
 
 
@@ -155,50 +161,58 @@ def set_auto(*, forward: Fastest = _SDPA, training: Fastest = _SDPA, layouts: La
     """Sets what `auto` takes in this process on CUDA: what `sftk bench attention` measured.
 
     Args:
-        forward: in half precision without a mask, where gradients are off; the one nearest to a call's number of keys.
+        forward: in half precision without a mask, where gradients are off; the one measured nearest to a call's numbers of
+            queries and keys, by their ratios.
         training: where they are on.
         layouts: FlexAttention's mask, or calls without a mask for each run of frames that see the same ones.
 
     Example:
-        >>> set_auto(forward={10: "sdpa", 1000: "sdpa_cudnn"})
-        >>> automatic("forward", 400)
+        >>> set_auto(forward={(1000, 10): "sdpa", (1000, 1000): "sdpa_cudnn"})
+        >>> automatic("forward", 800, 400)
         'sdpa_cudnn'
         >>> set_auto()
     """
     global _layouts
-    _auto.update(forward=tuple(sorted(forward.items())), training=tuple(sorted(training.items())))
+    _auto.update(forward=tuple(forward.items()), training=tuple(training.items()))
     _layouts = layouts
 
 
-def automatic(passes: str, keys: int) -> Backend:
-    """What `auto` takes for a number of keys, see `set_auto`.
+def automatic(passes: str, queries: int, keys: int) -> Backend:
+    """What `auto` takes for a call's tokens, see `set_auto`.
 
     Args:
         passes: `forward` or `training`.
 
     Example:
-        >>> automatic("training", 400)
+        >>> automatic("training", 400, 400)
         'sdpa'
     """
     (nearest, found), *others = _auto[passes]
-    for measured, backend in others:
-        if keys * keys >= nearest * measured:  # nearer by its ratio
-            nearest, found = measured, backend
+    for shape, backend in others:
+        if _ratio(queries, keys, *shape) < _ratio(queries, keys, *nearest):
+            nearest, found = shape, backend
     return found
 
 
-def settled(backend: Backend, keys: int, device: torch.device, dtype: torch.dtype) -> Backend:
+def _ratio(queries: int, keys: int, other_queries: int, other_keys: int) -> float:
+    """How far two shapes are from each other: the product of both ratios, each at least 1."""
+    larger, smaller = max(queries, other_queries) * max(keys, other_keys), min(queries, other_queries) * min(keys, other_keys)
+    return larger / smaller
+
+
+def settled(backend: Backend, queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend of a call without a mask, once it is known what `auto` stands for.
 
     A model asks before its compiled blocks do: there, the number of keys may be any.
 
     Example:
-        >>> settled("auto", 9, torch.device("cpu"), torch.float32), settled("auto", 9, torch.device("cuda"), torch.bfloat16)
+        >>> cpu, cuda = torch.device("cpu"), torch.device("cuda")
+        >>> settled("auto", 9, 9, cpu, torch.float32), settled("auto", 9, 9, cuda, torch.bfloat16)
         ('auto', 'sdpa')
     """
     if backend != "auto" or device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return backend
-    return automatic("training" if torch.is_grad_enabled() else "forward", keys)
+    return automatic("training" if torch.is_grad_enabled() else "forward", queries, keys)
 
 
 _exact = 0

@@ -98,11 +98,11 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ...         print(str(error).partition(";")[0])
         the attention backend 'flash' needs FlashAttention: pip install 'sftk[flash]'
     """
+    if has_flash_4():
+        return flash(q, k, v)[0]
     installed = _installed()
     if installed is None:
         raise SpecError(f"the attention backend 'flash' needs FlashAttention: pip install 'sftk[flash]'; tried {_reasons()}")
-    if installed == MODULES[0]:
-        return flash(q, k, v)[0]
     out = _functions[installed](q, k, v)
     return out[0] if isinstance(out, tuple) else out
 
@@ -115,6 +115,16 @@ def has_flash() -> bool:
         True
     """
     return _installed() is not None
+
+
+def has_flash_4() -> bool:
+    """Whether the FlashAttention that is used is version 4.
+
+    Example:
+        >>> has_flash() or not has_flash_4()
+        True
+    """
+    return _installed() == MODULES[0]
 
 
 def flash_operators() -> tuple[Any, ...]:

@@ -169,8 +169,8 @@ class WanModel(nn.Module):
             return self.backend, self.backend
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else self._dtype
         keys = tokens + (0 if cache is None else cache.frames * tokens // max(latents.shape[1], 1))
-        own = self.backend if mask is not None else settled(self.backend, keys, device, dtype)
-        return own, settled(self.backend, self.config.text_len, device, dtype)
+        own = self.backend if mask is not None else settled(self.backend, tokens, keys, device, dtype)
+        return own, settled(self.backend, tokens, self.config.text_len, device, dtype)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -62,7 +62,8 @@ def _measure(config: WanConfig, latents: LatentsSection, device: torch.device, s
     heads, shapes = model_shapes(config, latents, batch=1, precision="bf16")
     if shapes[0].queries < WORTH:
         return None
-    names = {"full", "cached 0", f"cached {sum(shape.name.startswith('cached') for shape in shapes) // 2}", "cross"}
+    last = sum(shape.name.startswith("cached") for shape in shapes) - 1
+    names = {"full", "cached 0", f"cached {(last + 1) // 2}", f"cached {last}", "cross", "cross block"}
     say(f"measuring attention ({', '.join(available_backends())}) once on this device")
     set_precision("fp32")  # what errors are found against is exact
     report = bench_attention(heads, [shape for shape in shapes if shape.name in names], device, repeats=REPEATS)

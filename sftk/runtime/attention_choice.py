@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 import torch
 
-from sftk.functional.attention import UNMASKED, available_backends, set_auto
+from sftk.functional.attention import UNMASKED, WITHOUT_GRADIENT, available_backends, set_auto
 from sftk.runtime.device import device_name
 
 CACHE_VARIABLE = "SFTK_CACHE"
@@ -34,14 +34,15 @@ class Choice:
 
     Args:
         device: as it names itself. torch: version.
-        fastest: shape (`full`, `cached <blocks>`, `block_causal`, `cross`) to pass to backend; one that starts with `spans/`
+        fastest: shape (a name from `model_shapes`) to pass to backend; one that starts with `spans/`
             computes a layout in calls without a mask (`attention_by_spans`).
-        keys: shape to its number of keys.
+        queries, keys: shape to its number of them.
     """
 
     device: str
     torch: str
     fastest: dict[str, dict[str, str]]
+    queries: dict[str, int]
     keys: dict[str, int]
 
 
@@ -51,7 +52,7 @@ def choose(report: Mapping[str, Any]) -> Choice:
     Example:
         >>> def row(backend, ms, error):
         ...     timed = {"seconds": ms / 1e3}
-        ...     of = {"shape": "full", "keys": 9, "backend": backend, "errors": {"out": error}}
+        ...     of = {"shape": "full", "queries": 9, "keys": 9, "backend": backend, "errors": {"out": error}}
         ...     return {**of, "forward": timed, "training": timed}
         >>> rows = [row("sdpa", 3.0, 1e-3), row("quick", 1.0, 1e-2), row("sdpa_cudnn", 2.0, 2e-3)]
         >>> choose({"device": {"name": "d", "torch": "2"}, "rows": rows}).fastest
@@ -66,12 +67,14 @@ def choose(report: Mapping[str, Any]) -> Choice:
         exact = [row for row in rows if _error(row) <= WORSE * best]
         fastest[shape] = {name: _fastest(exact, name, favourites.get(name)) for name in PASSES}
         favourites = favourites or fastest[shape]
-    keys = {row["shape"]: row["keys"] for row in measured}
-    return Choice(device=report["device"]["name"], torch=report["device"]["torch"], fastest=fastest, keys=keys)
+    counts = {name: {row["shape"]: row[name] for row in measured} for name in ("queries", "keys")}
+    return Choice(device=report["device"]["name"], torch=report["device"]["torch"], fastest=fastest, **counts)
 
 
 def _fastest(rows: list[Mapping[str, Any]], name: str, favourite: str | None) -> str:
     """The fastest backend of a pass; the first shape's where it is about as fast: each other one is a graph of its own."""
+    if name == "training":
+        rows = [row for row in rows if row["backend"].removeprefix(SPANS) not in WITHOUT_GRADIENT] or rows
     least = min(rows, key=lambda row: row[name]["seconds"])
     close = {row["backend"] for row in rows if row[name]["seconds"] <= CLOSE * least[name]["seconds"]}
     return favourite if favourite is not None and favourite in close else least["backend"]
@@ -114,7 +117,7 @@ def find_choice(device: torch.device) -> Choice | None:
 
 
 def use_choice(choice: Choice | None, backends: Iterable[str] | None = None) -> None:
-    """Makes `backend: auto` take what was fastest: without a mask at each number of keys, and for layouts.
+    """Makes `backend: auto` take what was fastest: without a mask at each shape, and for layouts.
 
     Where no layout was measured, they take calls without a mask as soon as a kernel that takes none is the fastest.
 
@@ -130,8 +133,9 @@ def use_choice(choice: Choice | None, backends: Iterable[str] | None = None) -> 
         return
     there = tuple(available_backends() if backends is None else backends)
     plain = {shape: found for shape, found in choice.fastest.items() if shape != LAYOUT}
+    counts = {shape: (choice.queries[shape], choice.keys[shape]) for shape in plain}
     table: dict[str, Any] = {
-        name: {choice.keys[shape]: found[name] for shape, found in plain.items() if found[name] in there} or {1: "sdpa"}
+        name: {counts[shape]: found[name] for shape, found in plain.items() if found[name] in there} or {(1, 1): "sdpa"}
         for name in PASSES
     }
     spans = max(table["training"].items())[1] in UNMASKED

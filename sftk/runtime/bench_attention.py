@@ -40,7 +40,7 @@ class Shape:
     """A shape at which a model calls attention.
 
     Args:
-        name: `full`, `cached <blocks of context>`, `block_causal` or `cross`.
+        name: `full`, `cached <blocks of context>`, `block_causal`, `cross` or `cross block`.
         queries, keys: tokens. layout: who sees whom, or None for all. tokens_per_frame: of the layout's frames.
     """
 
@@ -84,7 +84,8 @@ class Heads:
 def model_shapes(
     config: WanConfig, latents: LatentsSection, *, batch: int, precision: Precision, frames_per_block: int = 3
 ) -> tuple[Heads, tuple[Shape, ...]]:
-    """The shapes of a model's attention: one pass over all frames, blocks after any context, block-causal, and the text.
+    """The shapes of a model's attention: one pass over all frames, blocks after any context, block-causal, and the text from
+    all frames and from a block.
 
     Example:
         >>> from sftk.models import preset
@@ -109,6 +110,7 @@ def model_shapes(
         *cached,
         Shape(name=LAYOUT, queries=everything, keys=everything, layout=layout, tokens_per_frame=tokens),
         Shape(name="cross", queries=everything, keys=config.text_len),
+        Shape(name="cross block", queries=blocks[-1] * tokens, keys=config.text_len),
     )
 
 
@@ -228,12 +230,15 @@ def _rows(heads: Heads, shape: Shape, device: torch.device, repeats: int) -> Ite
 
 
 def _errors(attend: Attend, inputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> dict[str, float]:
-    """Relative errors of the output and of the gradients."""
+    """Relative errors of the output, the larger of that with and that without gradient, and of the gradients."""
     *given, cotangent = inputs
     leaves = [x.detach().clone().requires_grad_() for x in given]
     out = attend(*leaves)
     found = (out, *torch.autograd.grad(out, leaves, cotangent))
-    return {name: relative_error(x, exact) for name, x, exact in zip(("out", "q", "k", "v"), found, expected, strict=True)}
+    errors = {name: relative_error(x, exact) for name, x, exact in zip(("out", "q", "k", "v"), found, expected, strict=True)}
+    with torch.no_grad():
+        without = relative_error(attend(*leaves), expected[0])
+    return errors | {"out": max(errors["out"], without)}
 
 
 def _measured(

@@ -12,7 +12,7 @@ import attrs
 import torch
 
 from sftk.errors import SftkError
-from sftk.functional.attention import available_backends
+from sftk.functional.attention import FLASH, available_backends
 from sftk.runtime.plan import plan_stage
 from sftk.runtime.plan_rates import GIB
 from sftk.runtime.readable import inspect_reader
@@ -118,7 +118,7 @@ def _devices(stage: Stage) -> Iterator[Finding]:
     yield Finding(kind="ok", text="attention: " + ", ".join(backends))
     for role, model in stage.recipe.models.items():
         if model.backend != "auto" and model.backend not in backends:
-            fix = "pip install 'sftk[flash]'" if model.backend == "flash" else "it needs CUDA"
+            fix = "pip install 'sftk[flash]'" if model.backend in FLASH else "it needs CUDA"
             yield Finding(kind="missing", text=f"attention: {role} asks for {model.backend!r}; {fix}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 
 from sftk.data.held import Held
+from sftk.functional.attention import FLASH
 from sftk.runtime.plan_memory import RolePlan, plan_roles
 from sftk.runtime.plan_pass import PhasePass, StagePass
 from sftk.runtime.plan_rates import GIB, Gpu
@@ -149,7 +150,7 @@ def _phase(
     most = max(phase.peak(share), activations + gradients if micro > 1 else 0.0)  # earlier micro-batches left theirs
     traffic = phase_traffic(phase, measured, recipe, found, node)
     sending = sum(row.seconds(device) for row in traffic)
-    flash = any(model.backend == "flash" for model in recipe.models.values())
+    flash = any(model.backend in FLASH for model in recipe.models.values())
     compute = device.matrix_seconds(work.gemm, work.attention, work.attention_backward, flash=flash)
     busy = micro * (SLOWER[recipe.precision] * compute + work.moved / (device.bandwidth * 1e12))
     return PhasePlan(

@@ -1,4 +1,4 @@
-"""The operators around FlashAttention 4, with kernels of this file in the place of its own: autograd, compile, checkpoints."""
+"""The operators around FlashAttention 4, with kernels on the CPU in the place of its own: autograd, compile, checkpoints."""
 
 from __future__ import annotations
 
@@ -15,38 +15,7 @@ from sftk.functional.attention import attention
 from sftk.functional.flash import flash, flash_backward
 from sftk.runtime.activations import checkpointed, selectively_checkpointed
 
-calls: list[str] = []
-
-
-def forward(q, k, v, return_lse):
-    calls.append("forward")
-    assert return_lse
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
-    out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
-    return out.contiguous(), scores.logsumexp(-1).float(), None, None, None
-
-
-def backward(q, k, v, out, grad, lse, *, dq, dk, dv):
-    calls.append("backward")
-    assert grad.is_contiguous()
-    assert out.shape == q.shape
-    assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
-    scale = q.shape[-1] ** -0.5
-    weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) * scale - lse[..., None]).exp()
-    dv.copy_(torch.einsum("bhqk,bqhd->bkhd", weights, grad))
-    drawn = torch.einsum("bqhd,bkhd->bhqk", grad, v) - (grad * out).sum(-1).transpose(1, 2)[..., None]
-    scores = weights * drawn * scale
-    dq.copy_(torch.einsum("bhqk,bkhd->bqhd", scores, k))
-    dk.copy_(torch.einsum("bhqk,bqhd->bkhd", scores, q))
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch):
-    """The operators run on the CPU; what they are given there is gone afterwards."""
-    monkeypatch.setattr(module, "_interface", lambda: SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward))
-    for operator in (flash, flash_backward):
-        operator.register_kernel("cpu", operator._init_fn)
-    calls.clear()
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def inputs(dtype=torch.float64):
@@ -82,7 +51,7 @@ def test_gradients_are_those_of_attention():
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("through", "times"), [(checkpointed, 2), (selectively_checkpointed, 1)])
-def test_checkpoints_know_it(through, times, compiled):
+def test_checkpoints_know_it(kernels, through, times, compiled):
     torch._dynamo.reset()
 
     def run(q, k, v):
@@ -90,11 +59,11 @@ def test_checkpoints_know_it(through, times, compiled):
 
     call = torch.compile(run, backend="aot_eager_decomp_partition", fullgraph=True) if compiled else run
     expected = gradients(layer)
-    calls.clear()
+    kernels.calls.clear()
     for ours, exact in zip(gradients(call), expected, strict=True):
         torch.testing.assert_close(ours, exact)
-    assert calls.count("forward") == times
-    assert calls.count("backward") == 1
+    assert kernels.calls.count("forward") == times
+    assert kernels.calls.count("backward") == 1
 
 
 @pytest.fixture
@@ -117,18 +86,19 @@ def install(monkeypatch):
 
 @pytest.mark.parametrize("name", module.MODULES)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_what_is_installed_is_used_and_compiles(install, name, compiled):
+def test_what_is_installed_is_used_and_compiles(kernels, install, name, compiled):
     torch._dynamo.reset()
     if not module.has_flash():
         with pytest.raises(SpecError, match="needs FlashAttention"):
             module.flash_attention(*torch.zeros(3, 1, 2, 1, 8))
     install(name, older)
     assert module.has_flash()
+    assert module.has_flash_4() == (name == module.MODULES[0])
     call = module.flash_attention
     if compiled:
         call = torch.compile(call, backend="aot_eager", fullgraph=True)
     q, k, v = inputs()
-    expected = forward(q, k, v, True)[0] if name == module.MODULES[0] else q + 1
+    expected = kernels.forward(q, k, v, True)[0] if name == module.MODULES[0] else q + 1
     torch.testing.assert_close(call(q, k, v), expected)
 
 

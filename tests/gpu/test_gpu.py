@@ -51,14 +51,47 @@ def test_flex_equals_dense_attention_with_its_gradients(kind, window):
 
 @pytest.mark.parametrize("backend", ["sdpa", *UNMASKED])
 @pytest.mark.parametrize("shape", [Shape(name="full", queries=256, keys=256), Shape(name="cross", queries=320, keys=96)])
-def test_unmasked_backends_are_exact_with_their_gradients(backend, shape):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_unmasked_backends_are_exact_with_their_gradients(backend, shape, batch):
     if backend not in available_backends():
         pytest.skip(f"{backend} is not installed")
-    heads = Heads(batch=2, heads=4, head_dim=128, dtype=torch.bfloat16)
+    heads = Heads(batch=batch, heads=4, head_dim=128, dtype=torch.bfloat16)
     report = bench_attention(heads, [shape], torch.device("cuda"), repeats=1)
     (row,) = [row for row in report["rows"] if row["backend"] == backend]
     assert "error" not in row, row["error"]
     assert max(row["errors"].values()) < 1e-2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_keys_are_attended_to_in_halves(compiled):
+    """Keys are the first ones of a longer buffer, of any number, halved without a copy; one graph serves all of them."""
+    if "flash_split_kv" not in available_backends():
+        pytest.skip("FlashAttention 4 is not installed")
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, example):
+        from torch._inductor.compile_fx import compile_fx
+
+        graphs.append(graph)
+        return compile_fx(graph, example)
+
+    def attend(q, k, v):
+        return attention(q, k, v, backend="flash_split_kv").flatten(2) * 2
+
+    call = torch.compile(attend, backend=count, fullgraph=True, dynamic=False) if compiled else attend
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, *buffers = (torch.randn(1, n, 3, 128, device="cuda", generator=generator).bfloat16() for n in (600, 2048, 2048))
+    for keys in (512, 1000, 1001, 2048):
+        k, v = (buffer[:, :keys] for buffer in buffers)
+        for tensor in (k, v):
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        exact = attention(q.float(), k.float(), v.float(), backend="math").flatten(2) * 2
+        with torch.no_grad(), torch.profiler.profile(acc_events=True) as recorded:
+            found = call(q, k, v)
+        assert (found.float() - exact).norm() / exact.norm() < 1e-2, keys
+        assert "sftk::flash_split_kv" in {event.key for event in recorded.key_averages()}
+    assert len(graphs) == compiled
 
 
 def test_layouts_are_exact_by_mask_and_by_spans():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+from types import SimpleNamespace
 
 import attrs
 import pytest
@@ -19,7 +20,16 @@ from sftk.models import preset
 from sftk.runtime import attention_auto, attention_choice
 from sftk.runtime.attention_auto import settle_attention
 from sftk.runtime.attention_choice import Choice, choice_file, choose, find_choice, save_choice, use_choice
-from sftk.runtime.bench_attention import MOST_EXACT, Heads, Shape, attention_lines, bench_attention, model_shapes, reference
+from sftk.runtime.bench_attention import (
+    MOST_EXACT,
+    Heads,
+    Shape,
+    _errors,
+    attention_lines,
+    bench_attention,
+    model_shapes,
+    reference,
+)
 from sftk.runtime.device import set_precision
 from sftk.spec.recipe import load_recipe
 from sftk.spec.schema import LatentsSection
@@ -39,9 +49,10 @@ def test_shapes_of_a_model():
     )
     assert heads == Heads(batch=1, heads=12, head_dim=128, dtype=torch.bfloat16)
     by_name = {shape.name: shape for shape in shapes}
-    assert list(by_name) == ["full", *(f"cached {i}" for i in range(7)), "block_causal", "cross"]
+    assert list(by_name) == ["full", *(f"cached {i}" for i in range(7)), "block_causal", "cross", "cross block"]
     assert (by_name["cached 6"].queries, by_name["cached 6"].keys) == (4680, 32760)
     assert by_name["cross"].pairs == 32760 * 512
+    assert by_name["cross block"].pairs == 4680 * 512
     assert by_name["block_causal"].pairs == 4680**2 * 28
     assert by_name["full"].pairs == 32760**2
 
@@ -91,17 +102,19 @@ def test_a_backend_that_fails_leaves_its_error(monkeypatch):
 def row(shape, backend, forward, training, error=1e-3):
     times = {name: {"seconds": seconds} for name, seconds in (("forward", forward), ("training", training))}
     errors = {"out": error, "q": error}
-    return {"shape": shape, "keys": KEYS[shape], "backend": backend, **times, "errors": errors}
+    queries, keys = TOKENS[shape]
+    return {"shape": shape, "queries": queries, "keys": keys, "backend": backend, **times, "errors": errors}
 
 
-KEYS = {"full": 32760, "cross": 512, "block_causal": 32760}
+TOKENS = {"full": (32760, 32760), "cached 6": (4680, 32760), "cross": (32760, 512), "block_causal": (32760, 32760)}
+FULL = TOKENS["full"]
 H100 = "NVIDIA H100 80GB HBM3"
 
 
 @pytest.fixture
 def auto():
-    """What `auto` takes, by pass and number of keys; plain again afterwards."""
-    yield lambda *given: {(name, keys): automatic(name, keys) for name in ("forward", "training") for keys in given}
+    """What `auto` takes, by pass and numbers of queries and keys; plain again afterwards."""
+    yield lambda *given: {(name, *tokens): automatic(name, *tokens) for name in ("forward", "training") for tokens in given}
     set_auto()
 
 
@@ -126,18 +139,63 @@ def test_the_fastest_exact_backend_is_chosen_kept_and_used(tmp_path, monkeypatch
     assert save_choice(choice).parent.parent == tmp_path
     assert find_choice(cuda) == choice
     use_choice(choice, ("sdpa", "sdpa_cudnn", "flash"))
-    assert auto(300, 4680) == {
-        ("forward", 300): "sdpa",
-        ("forward", 4680): "flash",  # nearer to 32760 than to 512, by its ratio
-        ("training", 300): "sdpa",
-        ("training", 4680): "sdpa_cudnn",
+    assert auto((4680, 300), (4680, 4680)) == {
+        ("forward", 4680, 300): "sdpa",
+        ("forward", 4680, 4680): "flash",  # nearer to 32760 than to 512, by its ratio
+        ("training", 4680, 300): "sdpa",
+        ("training", 4680, 4680): "sdpa_cudnn",
     }
     use_choice(choice, ("sdpa", "sdpa_cudnn"))  # flash is gone
-    assert auto(32760) == {("forward", 32760): "sdpa", ("training", 32760): "sdpa_cudnn"}
-    choice_file(choice.device, choice.torch).write_text("{")
-    assert find_choice(cuda) is None
+    assert auto(FULL) == {("forward", *FULL): "sdpa", ("training", *FULL): "sdpa_cudnn"}
+    file, earlier = choice_file(choice.device, choice.torch), attrs.asdict(choice)
+    earlier.pop("queries")
+    for text in ("{", json.dumps(earlier)):  # broken, and of a version that kept the numbers of keys alone
+        file.write_text(text)
+        assert find_choice(cuda) is None
     use_choice(None)
-    assert auto(32760) == {("forward", 32760): "sdpa", ("training", 32760): "sdpa"}
+    assert auto(FULL) == {("forward", *FULL): "sdpa", ("training", *FULL): "sdpa"}
+
+
+def test_a_pass_over_all_frames_and_a_late_block_differ(auto, make_model):
+    """They have the same number of keys; training never takes what only calls without gradient have."""
+    rows = [row("full", "flash", 1, 2), row("full", "flash_split_kv", 1.02, 1), row("full", "sdpa", 2, 3)]
+    rows += [row("cached 6", "flash", 1.09, 1), row("cached 6", "flash_split_kv", 1, 0.5), row("cached 6", "sdpa", 2, 2)]
+    rows += [row("cross", "flash", 2, 2), row("cross", "flash_split_kv", 3, 3), row("cross", "sdpa", 1, 1)]
+    rows += [row("block_causal", "spans/flash", 1, 2), row("block_causal", "spans/flash_split_kv", 2, 1)]
+    choice = choose(report_of(*rows))
+    assert choice.fastest == {
+        "full": {"forward": "flash", "training": "flash"},
+        "cached 6": {"forward": "flash_split_kv", "training": "flash"},
+        "cross": {"forward": "sdpa", "training": "sdpa"},
+        "block_causal": {"forward": "spans/flash", "training": "spans/flash"},
+    }
+    use_choice(choice, ("sdpa", "flash", "flash_split_kv"))
+    assert auto(FULL, (4680, 28080)) == {
+        ("forward", *FULL): "flash",
+        ("forward", 4680, 28080): "flash_split_kv",
+        ("training", *FULL): "flash",
+        ("training", 4680, 28080): "flash",
+    }
+    model = make_model(torch.bfloat16, text_len=512)
+    latents = SimpleNamespace(device=torch.device("cuda"), shape=(1, 3))
+    past = SimpleNamespace(frames=15)
+    with torch.no_grad():
+        assert model._backends(None, latents, 4680, past) == ("flash_split_kv", "sdpa")
+        assert model._backends(None, latents, 32760, None) == ("flash", "sdpa")
+    assert model._backends(None, latents, 4680, past) == ("flash", "sdpa")
+
+
+def test_what_is_measured_without_gradient_is_exact_there_too():
+    """A backend may compute calls without gradient otherwise."""
+    trial = torch.randn(4, 1, 12, 2, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    shape = Shape(name="full", queries=12, keys=12)
+
+    def attend(q, k, v):
+        return attention(q, k, v) * (1.0 if torch.is_grad_enabled() else 1.5)
+
+    errors = _errors(attend, trial, reference(*trial, shape))
+    assert errors["out"] == pytest.approx(0.5)
+    assert max(errors[name] for name in "qkv") < 1e-5
 
 
 def test_about_as_fast_is_fast_enough_for_the_one_that_is_taken_elsewhere():
@@ -184,9 +242,9 @@ def test_a_device_is_measured_once(tmp_path, monkeypatch, auto):
     choice = settle(configs, large, "bf16", cuda)
     assert choice == settle(configs, large, "bf16", cuda) == settle(configs, small, "fp32", cuda)
     ((heads, shapes),) = measured
-    assert (heads.heads, shapes) == (40, ["full", "cached 0", "cached 3", "cross"])
+    assert (heads.heads, shapes) == (40, ["full", "cached 0", "cached 3", "cached 6", "cross", "cross block"])
     assert len(said) == 1
-    assert auto(32760)["training", 32760] == "sdpa_cudnn"
+    assert auto(FULL)["training", *FULL] == "sdpa_cudnn"
     set_precision("fp32")
 
 
@@ -197,7 +255,7 @@ def test_other_versions_have_files_of_their_own(monkeypatch):
 
 
 def test_on_a_cpu_a_choice_changes_nothing():
-    set_auto(forward={1: "flash"}, training={1: "flash"})
+    set_auto(forward={(1, 1): "flash"}, training={(1, 1): "flash"})
     try:
         x = torch.randn(1, 4, 2, 8, requires_grad=True)
         assert torch.equal(attention(x, x, x), attention(x, x, x, backend="sdpa"))
@@ -213,10 +271,10 @@ def test_the_command(tmp_path, monkeypatch):
     run = CliRunner().invoke(main, ["bench", "attention", "recipes/digits/df.yaml", *small, *options])
     assert run.exit_code == 0, run.output
     assert [row["shape"] for row in json.loads(file.read_text())["rows"]] == [
-        name for name in ("cached 0", "cached 1", "cross") for _ in range(2)
+        name for name in ("cached 0", "cached 1", "cross", "cross block") for _ in range(2)
     ]
     (kept,) = (tmp_path / "kept" / "attention").iterdir()
-    assert Choice(**json.loads(kept.read_text())).fastest.keys() == {"cached 0", "cached 1", "cross"}
+    assert Choice(**json.loads(kept.read_text())).fastest.keys() == {"cached 0", "cached 1", "cross", "cross block"}
     wrong = CliRunner().invoke(main, ["bench", "attention", "--only", "ful"])
     assert (wrong.exit_code, "there is no shape 'ful', only full, cached" in wrong.output) == (2, True)
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sftk.core import Graph
 from sftk.functional import Key
 from sftk.functional.attention import attention_operators
+from sftk.models import WanModel
 from sftk.runtime.parallelize import RECOMPILE_LIMIT, limit_recompiles, parallelize
 
 
@@ -113,7 +114,23 @@ def test_checkpointed_blocks_compile(make_model, dynamo, kind):
 @pytest.mark.parametrize("kind", ["none", "selective"])
 def test_a_rollout_of_any_length_has_four_graphs(make_model, dynamo, kind, blocks):
     """The first block's and that of all later ones, whatever their context, with and without gradient."""
-    plain = make_model()
+    assert graphs_of_a_rollout(make_model(), kind, blocks) == 4
+
+
+@pytest.mark.parametrize("blocks", [5, 7])
+def test_each_further_backend_is_a_graph_at_any_length(make_model, dynamo, monkeypatch, blocks):
+    """As on CUDA, where `auto` may take another one for blocks after a long context, without gradient."""
+
+    def backends(model, mask, latents, tokens, cache):
+        late = cache is not None and cache.frames >= 6 and not torch.is_grad_enabled()
+        return "math" if late else "sdpa", "sdpa"
+
+    monkeypatch.setattr(WanModel, "_backends", backends)
+    assert graphs_of_a_rollout(make_model(), "none", blocks) == 5
+
+
+def graphs_of_a_rollout(plain, kind, blocks):
+    """How many there are with compiled blocks; x0 and gradients are those without."""
     wrapped, graphs = parallelize(copy.deepcopy(plain), checkpoint=kind), []
 
     def count(graph, example):
@@ -133,9 +150,9 @@ def test_a_rollout_of_any_length_has_four_graphs(make_model, dynamo, kind, block
         x0 = Graph.from_spec("specs/rollout.yaml", steps=[1000, 500, 250])(given, {"denoiser": model})["x0"]
         x0.square().sum().backward()
         found.append((x0.detach(), model.get_parameter("head.head.weight").grad))
-    assert len(graphs) == 4
     for ours, exact in zip(*found, strict=True):
         torch.testing.assert_close(ours, exact)
+    return len(graphs)
 
 
 def test_plain_is_left_alone(make_model):
