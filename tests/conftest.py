@@ -62,14 +62,12 @@ def randn() -> Callable[..., torch.Tensor]:
 
 
 @pytest.fixture
-def temporary_transforms():
-    """Forgets the transforms that a test registers."""
-    from sftk.core import registry
+def nothing_stays_registered():
+    """Forgets what a test registers, by itself or through plugins."""
+    from sftk.core.plugins import scope
 
-    before = set(registry.transforms())
-    yield
-    for name in set(registry.transforms()) - before:
-        registry.unregister(name)
+    with scope():
+        yield
 
 
 STEM = "diffusion_pytorch_model"

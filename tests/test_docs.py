@@ -132,13 +132,13 @@ def test_readme_opens_with_the_main_job_and_the_tests():
 
 
 @pytest.mark.parametrize(("page", "index"), numbered("python"))
-@pytest.mark.usefixtures("temporary_transforms")
+@pytest.mark.usefixtures("nothing_stays_registered")
 def test_python_examples_run(page: str, index: int):
     exec(compile(blocks(page, "python")[index], page, "exec"), {"__name__": f"example_{index}"})
 
 
 @pytest.mark.parametrize(("page", "index"), numbered("yaml"))
-@pytest.mark.usefixtures("temporary_transforms")
+@pytest.mark.usefixtures("nothing_stays_registered")
 def test_yaml_examples_pass_the_check(page: str, index: int, tmp_path: Path):
     for block in (*blocks(page, "python"), *blocks(page, "yaml")):
         if name := file_name(block):

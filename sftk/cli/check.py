@@ -25,13 +25,15 @@ def check(recipes: tuple[str, ...], shapes: bool, ranks: int | None, node: int |
     """Check structure, options, keys and model ports of each RECIPE, or of every run of a study, without loading a weight.
 
     Every mistake is reported at once, with its path and line; the exit code is then 2. Overrides hold for all recipes that are
-    named, and plugins of one are there for the next.
+    named; each has its own plugins only.
     """
     if "=" in recipes[0]:
         raise click.UsageError(f"no recipe is named before the override {recipes[0]!r}")
     names = [recipes[0], *filter(_is_file_name, recipes[1:])]
     overrides = tuple(argument for argument in recipes[1:] if not _is_file_name(argument))
     from rich.console import Console
+
+    from sftk.core.plugins import scope
 
     console = Console(highlight=False)
     if len(names) == 1:
@@ -40,7 +42,8 @@ def check(recipes: tuple[str, ...], shapes: bool, ranks: int | None, node: int |
     failed: dict[str, int] = {}
     for name in names:
         try:
-            _check(console, name, overrides, shapes, ranks, node)
+            with scope():
+                _check(console, name, overrides, shapes, ranks, node)
         except SftkError as error:
             found = ending(error)
             assert found is not None

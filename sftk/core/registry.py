@@ -45,6 +45,12 @@ def unregister(name: str) -> None:
     _transforms.pop(name, None)
 
 
+def restore(before: Mapping[str, Transform]) -> None:
+    """Goes back to what `transforms` gave before, copied."""
+    _transforms.clear()
+    _transforms.update(before)
+
+
 def lookup(name: str) -> Transform:
     """The transform of that name.
 

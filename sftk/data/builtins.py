@@ -8,6 +8,7 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
+from sftk.core.plugins import extensible
 from sftk.data.choices import Choice
 from sftk.data.codecs import Codec, make_codec
 from sftk.data.digits import decode_latents
@@ -95,6 +96,7 @@ BUILTINS: dict[str, Callable[[torch.device], nn.Module]] = {
     "digits_decoder": lambda device: DigitsDecoder(),
 }
 """What `models: {role: {builtin: ...}}` may name, each made for a device; a plugin may add its own."""
+extensible(BUILTINS)
 
 
 def builtin(name: str, device: torch.device) -> nn.Module:

@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from sftk.core.plugins import extensible
 from sftk.data.choices import Choice, make_choice
 from sftk.data.digits import LATENT_MEAN, LATENT_STD
 from sftk.data.wan import WanVaeCodec
@@ -128,6 +129,7 @@ CODECS: dict[str, Callable[..., Codec]] = {
     "wan_vae": WanVaeCodec,
 }
 """Makers of codecs by name, called with the options of `{use: ..., with: ...}`; a plugin may add its own."""
+extensible(CODECS)
 
 
 def make_codec(codec: Choice) -> Codec:

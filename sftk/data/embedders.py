@@ -8,6 +8,7 @@ from typing import Protocol
 import attrs
 from torch import Tensor
 
+from sftk.core.plugins import extensible
 from sftk.data.choices import Choice, make_choice
 from sftk.data.digits_prompts import PROMPT_SHAPE, embed_prompts
 from sftk.data.embeddings import StoredEmbedder
@@ -53,6 +54,7 @@ EMBEDDERS: dict[str, Callable[..., Embedder]] = {
     "stored": StoredEmbedder,
 }
 """Makers of embedders by name, called with the options of `{use: ..., with: ...}`; a plugin may add its own."""
+extensible(EMBEDDERS)
 
 
 def make_embedder(text: Choice) -> Embedder:

@@ -10,6 +10,7 @@ import attrs
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from sftk.core.plugins import extensible
 from sftk.data.choices import Finding, call, choice_findings, option_findings, options_of
 from sftk.data.codecs import CODECS, Codec, digits_codec, make_codec
 from sftk.data.digits import DigitClips, collate, embed_prompts
@@ -136,6 +137,7 @@ SOURCES: dict[str, DataSource] = {
     ),
 }
 """Data sets by name; a plugin may add its own."""
+extensible(SOURCES)
 
 
 def source(name: str) -> DataSource:

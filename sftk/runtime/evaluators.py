@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 
+from sftk.core.plugins import extensible
 from sftk.errors import Problem, SpecError, did_you_mean
 from sftk.runtime.evaluate import DigitsEvaluation, DigitsEvaluator
 from sftk.spec.convert import structure
@@ -24,6 +25,7 @@ class Evaluator:
 
 EVALUATORS: dict[str, Evaluator] = {"digits": Evaluator(options=DigitsEvaluation, make=DigitsEvaluator)}
 """Evaluators by name; a plugin may add its own."""
+extensible(EVALUATORS)
 
 
 def evaluation_options(document: Document, recipe: Recipe) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sftk.core.plugins import extensible
 from sftk.errors import SpecError
 from sftk.runtime.evaluators import evaluation_problems
 from sftk.runtime.ode_pairs import make_pairs, pair_job
@@ -32,6 +33,7 @@ def prepare_ode_pairs(stage: Stage, progress: TrainingProgress) -> None:
 
 PREPARERS: dict[str, Callable[[Stage, TrainingProgress], None]] = {"ode_pairs": prepare_ode_pairs}
 """Data set to what the runner calls before a stage that reads it; a plugin may add its own."""
+extensible(PREPARERS)
 
 
 def prepare_data(stage: Stage, progress: TrainingProgress) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import sys
 from pathlib import Path
 
+from sftk.core.plugins import import_plugin
 from sftk.errors import Problem, SpecError
 from sftk.spec.document import Document
 from sftk.spec.files import find_file
@@ -22,7 +22,7 @@ def load_plugins(recipe: Recipe, document: Document, path: Path) -> list[Problem
             if plugin.endswith(".py"):
                 import_file(find_file(plugin, path))
             else:
-                importlib.import_module(plugin)
+                import_plugin(plugin)
         except SpecError as error:
             problems += [document.problem(place, p.message, p.hint) for p in error.problems]
         except Exception as error:
@@ -38,9 +38,10 @@ def import_file(path: Path) -> None:
     Raises:
         Exception: whatever the file raises.
     """
-    name = f"sftk_plugin_{path.resolve().stem}_{abs(hash(str(path.resolve()))):x}"
-    if name in sys.modules:
-        return
+    import_plugin(f"sftk_plugin_{path.resolve().stem}_{abs(hash(str(path.resolve()))):x}", lambda name: _load(name, path))
+
+
+def _load(name: str, path: Path) -> None:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

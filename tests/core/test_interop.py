@@ -15,7 +15,7 @@ X = torch.tensor([1.0, 2.0])
 
 
 @pytest.fixture
-def graph(temporary_transforms):
+def graph(nothing_stays_registered):
     @transform(out="y", kind="per_sample")
     def scaled_for_test(x, scale=None):
         return x * (1 if scale is None else scale)
@@ -63,7 +63,7 @@ def test_a_model_of_two_nodes_is_one_submodule(graph):
     assert torch.equal(module(TensorDict({"x": X}))["again"], net(net(X)))
 
 
-def test_host_values_come_back(temporary_transforms):
+def test_host_values_come_back(nothing_stays_registered):
     @transform(out="plan", kind="reduced")
     def planned_for_test(x):
         return (len(x), "words")

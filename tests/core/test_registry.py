@@ -13,7 +13,7 @@ def test_lookup_suggests():
     assert str(caught.value) == "unknown transform 'add_nois'; did you mean 'add_noise'? (is its module in `plugins:`?)"
 
 
-def test_a_name_is_taken_once(temporary_transforms):
+def test_a_name_is_taken_once(nothing_stays_registered):
     @transform(out="y", kind="per_sample")
     def mine_for_test(x):
         """Mine."""
@@ -30,7 +30,7 @@ def test_the_registry_is_read_only():
         transforms()["x"] = None  # pyright: ignore[reportIndexIssue]
 
 
-def test_transform_checks_its_declaration(temporary_transforms):
+def test_transform_checks_its_declaration(nothing_stays_registered):
     def fits(x, nett):
         return x
 
@@ -46,7 +46,7 @@ def test_transform_checks_its_declaration(temporary_transforms):
     assert not {"fits", "<lambda>"} & set(transforms())
 
 
-def test_the_number_of_results_is_checked(temporary_transforms):
+def test_the_number_of_results_is_checked(nothing_stays_registered):
     @transform(out=("a", "b"), kind="per_sample")
     def one_result_for_test(x):
         """Forgets one."""

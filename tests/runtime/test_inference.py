@@ -50,7 +50,7 @@ def test_videos(run):
     assert not torch.equal(sampler.sample(prompts, frames=9, seeds=4), video)
 
 
-@pytest.mark.usefixtures("temporary_transforms")
+@pytest.mark.usefixtures("nothing_stays_registered")
 def test_a_plugin_and_a_graph_beside_the_recipe(tiny, train, tmp_path, monkeypatch):
     from sftk.spec.files import package_root
 

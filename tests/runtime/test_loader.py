@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from sftk.data.lmdb_store import LatentStore, write_store
-from sftk.data.sources import SOURCES
 from sftk.errors import DataError, SpecError
 from sftk.runtime.loader import EndlessBatches, make_loader
 from sftk.runtime.shapes import check_shapes
@@ -162,6 +161,7 @@ SOURCES["clips of any size"] = DataSource(
 """
 
 
+@pytest.mark.usefixtures("nothing_stays_registered")
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(
     ("key", "shape", "said"),
@@ -179,9 +179,8 @@ SOURCES["clips of any size"] = DataSource(
         ("latents", [8], r"\[8\], the recipe says .*; let the data set give that size"),
     ],
 )
-def test_data_of_another_size_than_the_recipe_s(tiny, tmp_path, monkeypatch, key, shape, said):
+def test_data_of_another_size_than_the_recipe_s(tiny, tmp_path, key, shape, said):
     """Said by `sftk check --shapes` with its place, and before a model sees a batch, from a process that reads ahead, too."""
-    monkeypatch.setitem(SOURCES, "clips of any size", SOURCES["digits"])  # what the plugin puts there is taken away again
     (tmp_path / "any_size.py").write_text(PLUGIN)
     data = f"use: clips of any size, with: {{key: {key}, shape: {shape}}}"
     changes = "version: 1", "version: 1\nplugins: [any_size.py]", "use: digits, with: {split: train, size: 7}", data

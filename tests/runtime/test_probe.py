@@ -16,7 +16,7 @@ def values(**changes):
     return {"x0": ones, "noise": ones, "timestep": torch.full((1, 3), 500.0), "blocks": (1, 2)} | changes
 
 
-def test_inputs_then_weights_then_keys(make_model, temporary_transforms):
+def test_inputs_then_weights_then_keys(make_model, nothing_stays_registered):
     @transform(out="divided", kind="per_sample")
     def divide_for_probe(noisy):
         return noisy / 0.0, 1.0

@@ -279,7 +279,7 @@ def poison(key, value, *, update: int, sample: int):
 
 
 @pytest.mark.parametrize(("per_rank", "sample"), [(2, 1), (1, 0)])
-@pytest.mark.usefixtures("temporary_transforms")
+@pytest.mark.usefixtures("nothing_stays_registered")
 def test_nan_names_step_phase_key_and_checkpoint(staged, train, tmp_path, per_rank, sample):
     (tmp_path / "poison.py").write_text(PLUGIN)
     (tmp_path / "nan.yaml").write_text(NAN_GRAPH)
@@ -301,8 +301,8 @@ def test_nan_names_step_phase_key_and_checkpoint(staged, train, tmp_path, per_ra
     assert [row["teacher/loss"] == "nan" for row in found] == [False, False, False, True]
 
 
-@pytest.mark.usefixtures("temporary_transforms")
-@pytest.mark.usefixtures("temporary_transforms")
+@pytest.mark.usefixtures("nothing_stays_registered")
+@pytest.mark.usefixtures("nothing_stays_registered")
 def test_nan_on_the_command_line(staged, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "poison.py").write_text(PLUGIN)
@@ -317,7 +317,7 @@ def test_nan_on_the_command_line(staged, tmp_path, monkeypatch):
     assert "Traceback" not in error
 
 
-@pytest.mark.usefixtures("temporary_transforms")
+@pytest.mark.usefixtures("nothing_stays_registered")
 def test_nan_that_is_read_a_step_late_as_on_a_gpu(staged, train, tmp_path, monkeypatch):
     monkeypatch.setattr("sftk.runtime.stage.Meter", lambda device: Meter(torch.device("cuda")))
     (tmp_path / "poison.py").write_text(PLUGIN)

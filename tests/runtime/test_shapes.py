@@ -49,7 +49,7 @@ def test_a_model_of_the_published_size_costs_nothing(tiny):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyError, ZeroDivisionError])
-def test_a_phase_that_fails_is_named(tiny, tmp_path, temporary_transforms, error):
+def test_a_phase_that_fails_is_named(tiny, tmp_path, nothing_stays_registered, error):
     @transform(out="target", kind="per_sample")
     def fail_for_shapes(x0):
         raise error("it does not fit")

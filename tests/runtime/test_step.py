@@ -138,7 +138,7 @@ train"""
 
 
 @pytest.fixture
-def shared(tiny, tmp_path, temporary_transforms):
+def shared(tiny, tmp_path, nothing_stays_registered):
     """A recipe whose critic reads the generator's rollout, and the tensors that pass."""
     passed = {"made": [], "read": []}
 

@@ -107,7 +107,7 @@ def test_a_nested_rollout_is_found_and_read_like_a_plain_one():
     assert other.graph.outputs == nested.graph.outputs
 
 
-def test_an_inlined_graph_computes_what_the_nested_one_does(temporary_transforms):
+def test_an_inlined_graph_computes_what_the_nested_one_does(nothing_stays_registered):
     @transform(out=("sum", "difference"), kind="per_sample")
     def add_for_test(a, b=None):
         b = 0 if b is None else b
@@ -124,7 +124,7 @@ def test_an_inlined_graph_computes_what_the_nested_one_does(temporary_transforms
     assert [part.writes for part in flat.nodes] == [("inner.sum", "inner.difference"), ("sum",)]
 
 
-def test_a_given_key_cuts_away_what_made_it(temporary_transforms):
+def test_a_given_key_cuts_away_what_made_it(nothing_stays_registered):
     @transform(out=("a", "b"), kind="per_sample")
     def split_for_test(x):
         return x, x + 1
