@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,27 +11,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sftk.errors import ShapeError
+from sftk.functional.free_space import FreeSpace, LayerKV, LentKV
 from sftk.functional.packed import Packed, Storage, pack, unpack
+from sftk.functional.rooms import CachedKV, Room, each_of, make_room, tensors_of
 
-LayerKV = tuple[Tensor, Tensor, Tensor, Tensor]
-"""What a layer returns: self-attention k, v [B, L, H, D] and text k, v [B, T, H, D]."""
-CachedKV = tuple[Tensor | Packed, Tensor | Packed]
-"""Cached k, v of one layer: [B, L, H, D] tensors, or packed ones."""
 RopeMode = Literal["absolute", "relative"]
-
-
-@dataclasses.dataclass(eq=False)
-class Room:
-    """Memory for the keys and values of more frames than a chunk has; chunks that grow in it share it.
-
-    Args:
-        layers: (k, v) of each layer, [B, frames * tokens, H, D].
-        frames: how many there is room for. filled: how many of them a chunk holds.
-    """
-
-    layers: tuple[CachedKV, ...]
-    frames: int
-    filled: int = 0
 
 
 # Dataclasses, not attrs: torch.compile can trace the construction of a frozen dataclass but not that of a frozen attrs class.
@@ -55,7 +39,7 @@ class Chunk:
             return self
         tokens = _codes(self.layers[0][0]).shape[1] // len(self.positions) if self.layers else 0
         cut = slice(start * tokens, stop * tokens)
-        return Chunk(layers=_each(self.layers, lambda tensor: tensor[:, cut]), positions=self.positions[start:stop])
+        return Chunk(layers=each_of(self.layers, lambda tensor: tensor[:, cut]), positions=self.positions[start:stop])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,6 +106,17 @@ def append(cache: KVCache, kv: Sequence[LayerKV], positions: tuple[int, ...]) ->
 
     Example: see `KVCache`.
     """
+    last = cache.chunks[-1] if cache.chunks else None
+    room, count = None if last is None else last.room, len(positions)
+    if (
+        isinstance(kv, LentKV)
+        and last is not None
+        and room is not None
+        and kv.lies_behind(room, count)
+        and _fits(last, room, count)
+    ):
+        chunk = Chunk(layers=room.extend(count), positions=(*last.positions, *positions), room=room)
+        return dataclasses.replace(cache, chunks=(*cache.chunks[:-1], chunk))
     for k, *_ in kv[:1]:
         if not positions or k.shape[1] % len(positions):
             raise ShapeError(f"{k.shape[1]} tokens do not divide into {len(positions)} frames")
@@ -140,32 +135,46 @@ def append(cache: KVCache, kv: Sequence[LayerKV], positions: tuple[int, ...]) ->
 def _with(cache: KVCache, chunk: Chunk) -> tuple[Chunk, ...]:
     """The chunks of a cache and a further one, written behind the last one where there is room."""
     count, last = len(chunk.positions), cache.chunks[-1] if cache.chunks else None
-    if any(tensor.requires_grad for tensor in _tensors(chunk.layers)):
+    if any(tensor.requires_grad for tensor in tensors_of(chunk.layers)):
         return (*cache.chunks, chunk)
     if last is None and cache.reserve > count:
-
-        def larger(tensor: Tensor) -> Tensor:
-            batch, tokens, *rest = tensor.shape
-            return tensor.new_empty(batch, tokens // count * cache.reserve, *rest)
-
-        return (_written(Room(_each(chunk.layers, larger), cache.reserve), (), chunk),)
+        room = make_room(chunk.layers, count, cache.reserve)
+        return (Chunk(layers=room.write(chunk.layers, count), positions=chunk.positions, room=room),)
     room = None if last is None else last.room
-    # A room that has gone on from this chunk already belongs to another cache.
-    if last is None or room is None or room.filled != len(last.positions) or room.filled + count > room.frames:
+    if last is None or room is None or not _fits(last, room, count):
         return (*cache.chunks, chunk)
-    return (*cache.chunks[:-1], _written(room, last.positions, chunk))
+    positions = (*last.positions, *chunk.positions)
+    return (*cache.chunks[:-1], Chunk(layers=room.write(chunk.layers, count), positions=positions, room=room))
 
 
-def _written(room: Room, positions: tuple[int, ...], chunk: Chunk) -> Chunk:
-    """A chunk of what a room holds and of what is written behind it."""
-    for base, tensor in zip(_tensors(room.layers), _tensors(chunk.layers), strict=True):
-        tokens = base.shape[1] // room.frames
-        start = room.filled * tokens
-        # Not an in-place change for autograd: what was remembered lies before it, and nothing there changes.
-        base.data[:, start : start + tensor.shape[1]].copy_(tensor)
-    room.filled += len(chunk.positions)
-    layers = _each(room.layers, lambda base: base[:, : base.shape[1] // room.frames * room.filled])
-    return Chunk(layers=layers, positions=(*positions, *chunk.positions), room=room)
+def _fits(chunk: Chunk, room: Room, count: int) -> bool:
+    """Whether frames can be written behind a chunk: a room that has gone on from it belongs to another cache already."""
+    return room.filled == len(chunk.positions) and room.filled + count <= room.frames
+
+
+def free_space(cache: KVCache, count: int) -> FreeSpace | None:
+    """Where a pass over `count` frames may write its keys and values, so that it attends to them and to the context as one.
+
+    Nobody reads there but who wrote. So a pass without gradient joins no copies.
+
+    Args:
+        cache: all in one room, in full, with text.
+
+    Returns:
+        None where there is no such space.
+
+    Example:
+        >>> kv = ((torch.zeros(1, 6, 2, 8), torch.zeros(1, 6, 2, 8), torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8)),)
+        >>> cache = append(KVCache(reserve=6), kv, (0, 1, 2))
+        >>> free_space(cache, 3).layers[0][0].shape, free_space(cache, 4)
+        (torch.Size([1, 12, 2, 8]), None)
+    """
+    if len(cache.chunks) != 1 or cache.storage != "full" or cache.text is None:
+        return None
+    (chunk,) = cache.chunks
+    if chunk.room is None or not _fits(chunk, chunk.room, count):
+        return None
+    return FreeSpace(room=chunk.room, count=count, layers=chunk.room.beyond(count))
 
 
 def window(cache: KVCache, *, size: int | None, sink: int = 0) -> KVCache:
@@ -227,7 +236,7 @@ def take_rows(cache: KVCache, start: int, stop: int) -> KVCache:
     def rows(tensor: Tensor) -> Tensor:
         return tensor[start:stop]
 
-    chunks = tuple(Chunk(layers=_each(chunk.layers, rows), positions=chunk.positions) for chunk in cache.chunks)
+    chunks = tuple(Chunk(layers=each_of(chunk.layers, rows), positions=chunk.positions) for chunk in cache.chunks)
     text = None if cache.text is None else tuple((rows(k), rows(v)) for k, v in cache.text)
     return dataclasses.replace(cache, chunks=chunks, text=text)
 
@@ -239,7 +248,7 @@ def detach(cache: KVCache) -> KVCache:
         >>> detach(KVCache()).frames
         0
     """
-    chunks = tuple(dataclasses.replace(chunk, layers=_each(chunk.layers, Tensor.detach)) for chunk in cache.chunks)
+    chunks = tuple(dataclasses.replace(chunk, layers=each_of(chunk.layers, Tensor.detach)) for chunk in cache.chunks)
     return dataclasses.replace(cache, chunks=chunks)
 
 
@@ -267,27 +276,6 @@ def straight_through(context: Sequence[LayerKV], exit_kv: Sequence[LayerKV]) -> 
 
 def _codes(values: Tensor | Packed) -> Tensor:
     return values if isinstance(values, Tensor) else values.codes
-
-
-def _tensors(layers: tuple[CachedKV, ...]) -> list[Tensor]:
-    """All tensors of the layers."""
-    found = []
-    for values in (values for layer in layers for values in layer):
-        parts = (values,) if isinstance(values, Tensor) else (values.codes, values.scale, values.path)
-        found += [part for part in parts if part is not None]
-    return found
-
-
-def _each(layers: tuple[CachedKV, ...], change: Callable[[Tensor], Tensor]) -> tuple[CachedKV, ...]:
-    """Layers with every tensor changed; axes of codes and scales are the same but for the last."""
-
-    def changed(values: Tensor | Packed) -> Tensor | Packed:
-        if isinstance(values, Tensor):
-            return change(values)
-        path = None if values.path is None else change(values.path)
-        return Packed(change(values.codes), change(values.scale), path)
-
-    return tuple((changed(k), changed(v)) for k, v in layers)
 
 
 def _flatten_cache(cache: KVCache):

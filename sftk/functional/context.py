@@ -62,26 +62,27 @@ def start_cache(
     window: int | None = None,
     max_context_frames: int | None = None,
 ):
-    """An empty cache, with room for the context of all blocks where none of it will be dropped, up to `MOST_RESERVED` frames.
+    """An empty cache, with room for all blocks where nothing will be dropped, up to `MOST_RESERVED` frames of context.
 
     Args:
-        blocks, given_blocks: what will be appended, but for the last of `blocks`.
+        blocks, given_blocks: what will be appended. The last of `blocks` need not be, but its passes write there, see `free_space`.
         rope: how keys remember their position, see `KVCache`.
         kv_cache: how keys and values are kept; `fp8` and `int8` halve the memory of bf16 ones.
         window, max_context_frames: of `window_context`; what is dropped needs no room.
 
     Example:
         >>> start_cache().frames, start_cache((example_block(), example_block())).reserve
-        (0, 3)
+        (0, 6)
     """
     context = sum(block.frames for block in (*(given_blocks or ()), *(blocks or ())[:-1]))
-    whole = max_context_frames is None and (window is None or window >= context + max(b.frames for b in blocks or [_NOTHING]))
-    return KVCache(rope=rope, storage=kv_cache, reserve=context if whole and context <= MOST_RESERVED else 0)
+    last = sum(block.frames for block in (blocks or ())[-1:])
+    whole = max_context_frames is None and (window is None or window >= context + last) and context <= MOST_RESERVED
+    own = last if (rope, kv_cache) == ("absolute", "full") else 0  # others have to be rotated or unpacked into a copy
+    return KVCache(rope=rope, storage=kv_cache, reserve=context + own if whole and context else 0)
 
 
 MOST_RESERVED = 96
 """Frames of context for which a cache makes room at once. What is longer is a stream, which may end early."""
-_NOTHING = Block(index=0, start=0, frames=0, offset=0)
 
 
 def _window_check(options: Mapping[str, Any], frames: int | None) -> Iterator[tuple[str, str]]:

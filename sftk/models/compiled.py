@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sftk.functional.cache import CachedKV
+from sftk.functional.rooms import CachedKV
 
 
 def is_compiled(block: nn.Module) -> bool:

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sftk.functional.attention import Backend, Mask, attention
-from sftk.functional.cache import CachedKV, LayerKV
+from sftk.functional.cache import LayerKV
 from sftk.functional.exchange import Exchange
 from sftk.functional.packed import unpack
+from sftk.functional.rooms import CachedKV
 from sftk.models.config import WanConfig
 from sftk.models.linear_gelu import linear_gelu
 from sftk.models.rope import rotate
@@ -95,23 +96,17 @@ class Block(nn.Module):
         text_kv: tuple[Tensor, Tensor] | None,
         past: tuple[CachedKV, ...],
         past_rope: tuple[Tensor, Tensor] | None,
+        joint: bool,
         mask: Mask,
         backend: Backend,
         text_backend: Backend,
         keep_kv: bool,
         exchange: Exchange,
     ) -> tuple[Tensor, LayerKV | None]:
-        """One block.
+        """One block; the arguments are those of a `BlockCall`, for one layer.
 
-        Args:
-            x: [B, L, width], the tokens of this rank. time: [B, F, 6, width], per frame.
-            rope: tables of all tokens. past_rope: tables of the cached keys when they are stored unrotated, else None.
-            text: [B, T, width], or None when `text_kv` is given.
-            past: cached k, v [B, P_i, H, D] of each chunk: of all tokens, and this rank's heads. They are joined here, so
-                that an activation checkpoint remembers the chunks, which blocks share, and no copies.
-            backend, text_backend: of self-attention and of cross-attention.
-            keep_kv: return keys and values.
-            exchange: gives self-attention all tokens where several ranks share them.
+        The chunks of `past` are joined here, so that an activation checkpoint remembers the chunks, which blocks share, and no
+        copies.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (upcast(self.modulation)[None] + time).unbind(dim=2)
         y = self.modulate(x, shift1, scale1)
@@ -119,12 +114,7 @@ class Block(nn.Module):
         unrotated = k
         q, k = rotate(q, *rope), rotate(k, *rope)
         stored = k if past_rope is None else unrotated
-        v_all, k_all = v, k
-        if past:
-            past_k = [unpack(chunk[0], k.dtype) for chunk in past]
-            if past_rope is not None:
-                past_k = [rotate(torch.cat(past_k, dim=1), *past_rope)]
-            k_all, v_all = torch.cat([*past_k, k], dim=1), torch.cat([*(unpack(chunk[1], v.dtype) for chunk in past), v], dim=1)
+        k_all, v_all = _written(past, k, v) if joint else _joined(past, k, v, past_rope)
         y = exchange.to_tokens(attention(q, k_all, v_all, mask=mask, backend=backend))
         x = self.gated(x, self.self_attn.o(y.flatten(2)), gate1)
 
@@ -146,6 +136,27 @@ class Block(nn.Module):
         """`x + gate * y` by frame, in float32, back to x's dtype."""
         by_frame = upcast(y).unflatten(1, (gate.shape[1], -1)) * gate[:, :, None]
         return (upcast(x) + by_frame.flatten(1, 2)).to(x.dtype)
+
+
+def _joined(past: tuple[CachedKV, ...], k: Tensor, v: Tensor, past_rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Cached keys and values and those of a pass, as copies."""
+    if not past:
+        return k, v
+    past_k = [unpack(chunk[0], k.dtype) for chunk in past]
+    if past_rope is not None:
+        past_k = [rotate(torch.cat(past_k, dim=1), *past_rope)]
+    past_v = (unpack(chunk[1], v.dtype) for chunk in past)
+    return torch.cat([*past_k, k], dim=1), torch.cat([*past_v, v], dim=1)
+
+
+def _written(past: tuple[CachedKV, ...], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Cached keys and values with those of a pass written into the space behind them."""
+    ((k_all, v_all),) = past
+    assert isinstance(k_all, Tensor) and isinstance(v_all, Tensor)
+    start = k_all.shape[1] - k.shape[1]
+    k_all[:, start:] = k
+    v_all[:, start:] = v
+    return k_all, v_all
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

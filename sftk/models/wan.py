@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from sftk.errors import ShapeError
-from sftk.functional.attention import Backend, Mask, attention_mask, settled
-from sftk.functional.cache import KVCache, LayerKV
+from sftk.functional.attention import Backend, Mask, attention_mask, is_exact, settled
+from sftk.functional.cache import KVCache, LayerKV, free_space
 from sftk.functional.exchange import ExchangeFor, one_rank
+from sftk.functional.free_space import FreeSpace
 from sftk.functional.layout import Layout, check_layout
-from sftk.models.compiled import any_length, is_compiled
 from sftk.models.config import WanConfig
 from sftk.models.layers import Block, Head, IntervalEmbedding, reset_linear_layers, sinusoidal_embedding, upcast
 from sftk.models.rope import rope_table
+from sftk.models.trunk import BlockCall, Trunk, run_blocks
 
 
 class WanModel(nn.Module):
@@ -44,6 +47,7 @@ class WanModel(nn.Module):
         self.config = config
         self.backend: Backend = backend
         self.exchange: ExchangeFor = one_rank
+        self.trunk: Trunk = run_blocks
         self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), nn.Linear(config.dim, config.dim)
@@ -89,7 +93,7 @@ class WanModel(nn.Module):
         positions: Sequence[int] | None = None,
         features_at: Sequence[int] = (),
         interval: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[LayerKV, ...], tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Sequence[LayerKV], tuple[Tensor, ...]]:
         """Predicts the flow `noise - x0`.
 
         Args:
@@ -126,21 +130,29 @@ class WanModel(nn.Module):
         rope, past_rope = self._rope(latents, cache, positions, frames, height, width)
         mask = attention_mask(layout, height * width, latents.device, self.backend)
         own, cross = self._backends(mask, latents, frames * height * width, cache)
+        space = self._space(cache, frames, mask, past_rope) if reuse else None
+        past = () if cache is None else tuple(cache.parts(i) for i in range(len(self.blocks)))
+        call = BlockCall(
+            time=modulation,
+            rope=rope,
+            past_rope=past_rope,
+            text=text,
+            text_kv=cache.text if reuse and cache is not None else None,
+            past=past if space is None else tuple((layer,) for layer in space.layers),
+            joint=space is not None,
+            mask=mask,
+            backend=own,
+            text_backend=cross,
+            keep_kv=cache is not None and space is None,
+            exchange=exchange,
+        )
         wanted = tuple(self._layer_index(i) for i in features_at)
-        kv, features = [], {}
-        for index, block in enumerate(self.blocks):
-            past = () if cache is None else cache.parts(index)
-            if is_compiled(block):
-                any_length(past)
-            text_kv = cache.text[index] if reuse and cache is not None and cache.text is not None else None
-            keep_kv = cache is not None
-            x, found = block(x, modulation, rope, text, text_kv, past, past_rope, mask, own, cross, keep_kv, exchange)
-            if found is not None:
-                kv.append(found)
-            if index in wanted:
-                features[index] = exchange.whole(x)
+        x, kv, hidden = self.trunk(self.blocks, x, call, wanted)
+        features = {index: exchange.whole(found) for index, found in hidden.items()}
+        if space is not None and cache is not None and cache.text is not None:
+            kv = space.lend(cache.text)
         flow = self._unpatch(exchange.whole(self.head(x, time)), frames, height, width)
-        return flow.to(latents.dtype), tuple(kv), tuple(features[index] for index in wanted)
+        return flow.to(latents.dtype), kv, tuple(features[index] for index in wanted)
 
     def _check(
         self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, cache: KVCache | None, layout: Layout | None
@@ -161,6 +173,13 @@ class WanModel(nn.Module):
         if layout is not None and cache is not None and cache.frames:
             raise ShapeError(f"a layout speaks of one pass's own frames; found one with a cache of {cache.frames} frames")
         return frames, height // config.patch_size[1], width // config.patch_size[2]
+
+    def _space(self, cache: KVCache | None, frames: int, mask: Mask, past_rope: Any) -> FreeSpace | None:
+        """Where a pass that nobody differentiates may write its keys and values, behind those in the cache."""
+        differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0 or is_exact()
+        if cache is None or differentiated or mask is not None or past_rope is not None:
+            return None
+        return free_space(cache, frames)
 
     def _backends(self, mask: Mask, latents: Tensor, tokens: int, cache: KVCache | None) -> tuple[Backend, Backend]:
         """Of self-attention and of cross-attention; settled here, so that no compiled block asks how many keys there are."""

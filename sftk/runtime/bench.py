@@ -25,7 +25,8 @@ from sftk.runtime.bench_device import device_facts
 from sftk.runtime.bench_measure import measure
 from sftk.runtime.bench_profile import profile_call
 from sftk.runtime.bench_rows import Row, failed_row, measured_row, summary_rows
-from sftk.runtime.build import backbones, build_stage, compiles
+from sftk.runtime.build import backbones, build_stage, compiles, replays_passes
+from sftk.runtime.cuda_graphs import release_room_memory
 from sftk.runtime.device import device_name, pick_device
 from sftk.runtime.plan_rates import GPUS, known_gpu
 from sftk.runtime.segments import compile_segments
@@ -115,6 +116,7 @@ def recipe_facts(stage: Stage) -> dict[str, Any]:
         "batch": {"per_pass": per_rank, "passes": accumulation},
         "precision": recipe.precision,
         "compiled": compiles(recipe, pick_device(recipe.device)),
+        "cuda_graphs": replays_passes(recipe, pick_device(recipe.device)),
         "models": {
             role: {"dtype": model.dtype, "checkpoint": model.checkpoint, "backend": model.backend}
             for role, model in recipe.models.items()
@@ -129,6 +131,7 @@ def free_memory() -> None:
         kept.cache_clear()
     torch.compiler.reset()
     gc.collect()
+    release_room_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

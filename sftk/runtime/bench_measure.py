@@ -12,6 +12,8 @@ import attrs
 import torch
 from torch._dynamo.utils import counters
 
+from sftk.runtime.cuda_graphs import captured_graphs
+
 MOST_COMPILING = 4
 """Repeats that compiled something and are made again, at most; more would never end where each one compiles."""
 
@@ -24,7 +26,7 @@ class Measurement:
         seconds: of each counted repeat, on the device.
         host_seconds: median until the call returned; close to `seconds` where the host, not the device, sets the pace.
         warmup_seconds: of all that came before, compilation included.
-        graphs: how many graphs were compiled meanwhile.
+        graphs: how many graphs were compiled, or captured, meanwhile.
         compiling: whether even the counted repeats compiled something.
         held, allocated, reserved: bytes of device memory: allocated before the call, most allocated and most reserved in it.
             None on a CPU.
@@ -130,5 +132,5 @@ def _wait(device: torch.device) -> None:
 
 
 def _graphs() -> int:
-    """Graphs that torch.compile has made in this process."""
-    return counters["stats"]["unique_graphs"]
+    """Graphs that were compiled, and CUDA graphs that were captured, in this process."""
+    return counters["stats"]["unique_graphs"] + captured_graphs()

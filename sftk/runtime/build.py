@@ -15,13 +15,14 @@ from torch import nn
 from sftk.core.graph import Graph
 from sftk.core.replay import Tape, replayed
 from sftk.data.builtins import ready_made
-from sftk.errors import CheckpointError
+from sftk.errors import CheckpointError, SpecError
 from sftk.models.branch import ClassifierBranch
 from sftk.models.config import WanConfig
 from sftk.models.held_linear import HalfLinear, hold_linears
 from sftk.models.wan import WanModel
 from sftk.models.weights import DTYPES, build_module
 from sftk.runtime.attention_auto import settle_attention
+from sftk.runtime.cuda_graphs import replay_passes
 from sftk.runtime.device import set_precision
 from sftk.runtime.ema import Ema
 from sftk.runtime.gradients import GradientSync
@@ -173,7 +174,7 @@ def _build(stage: Stage, role: str, weights: Path | None, mesh: Mesh, device: to
         checkpoint = recipe.models[role].checkpoint
         return parallelize(module, checkpoint=checkpoint, compile_blocks=compiled, sharding=sharding)
 
-    return build_module(
+    module = build_module(
         functools.partial(construct, recipe, role),
         weights=weights,
         seed=recipe.seed * 1000 + list(recipe.models).index(role),
@@ -182,6 +183,8 @@ def _build(stage: Stage, role: str, weights: Path | None, mesh: Mesh, device: to
         wrap=wrap,
         here=lambda tensor: (local(tensor), rows(tensor)),
     )
+    replayed = isinstance(module, WanModel) and sharding is None and mesh.sequence_group is None
+    return replay_passes(module) if replayed and replays_passes(recipe, device) else module
 
 
 def _copy(stage: Stage, role: str, source: nn.Module, mesh: Mesh) -> nn.Module:
@@ -247,6 +250,25 @@ def compiles(recipe: Recipe, device: torch.device) -> bool:
         return recipe.compile
     weights = [(8 * c.dim**2 + 2 * c.dim * c.ffn_dim) * c.num_layers for c in backbones(recipe)]
     return device.type == "cuda" and max(weights, default=0) >= COMPILED_FROM
+
+
+def replays_passes(recipe: Recipe, device: torch.device) -> bool:
+    """Whether a recipe's cached passes without gradient are replayed as CUDA graphs on a device; `auto` is where it compiles.
+
+    Raises:
+        SpecError: it asks for them, and the device has none.
+
+    Example:
+        >>> from sftk.spec.recipe import load_recipe
+        >>> (stage,) = load_recipe("recipes/wan-1.3b/dmd.yaml")
+        >>> [replays_passes(stage.recipe, torch.device(kind)) for kind in ("cpu", "cuda")]
+        [False, True]
+    """
+    if recipe.cuda_graphs == "auto":
+        return device.type == "cuda" and compiles(recipe, device)
+    if recipe.cuda_graphs and device.type != "cuda":
+        raise SpecError(f"cuda_graphs: true needs a CUDA device, found {device.type!r}; set cuda_graphs: auto")
+    return recipe.cuda_graphs
 
 
 def backbones(recipe: Recipe) -> tuple[WanConfig, ...]:

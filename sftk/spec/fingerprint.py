@@ -11,7 +11,21 @@ from sftk.spec.convert import unstructure
 from sftk.spec.recipe import Stage
 
 # What may change in mid-run: words, machines, how work is split, what is written down and how long to train.
-FREE = ("version", "doc", "plugins", "train", "fetch", "eval", "sample", "checkpoint", "track", "compile", "device", "parallel")
+FREE = (
+    "version",
+    "doc",
+    "plugins",
+    "train",
+    "fetch",
+    "eval",
+    "sample",
+    "checkpoint",
+    "track",
+    "compile",
+    "cuda_graphs",
+    "device",
+    "parallel",
+)
 FREE_OF_MODELS = ("backend", "checkpoint", "parallel")
 FREE_OF_PHASES = ("graph", "with", "log")
 

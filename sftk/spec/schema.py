@@ -272,4 +272,5 @@ class Recipe:
     precision: Literal["fp32", "tf32", "bf16", "fp64"] = "fp32"
     lowp: LowpSection = attrs.field(factory=LowpSection)
     compile: Literal["auto"] | bool = "auto"
+    cuda_graphs: Literal["auto"] | bool = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from sftk.errors import ShapeError
 from sftk.functional import Block, KVCache, append, start_cache, window
-from sftk.functional.cache import detach, straight_through, take_rows
+from sftk.functional.cache import detach, free_space, straight_through, take_rows
 
 TOKENS = 2
 
@@ -246,6 +246,68 @@ def test_what_carries_gradient_keeps_it():
     assert started.chunks[0].room is None
 
 
+def test_free_space_lies_behind_what_is_cached():
+    caches = filled(KVCache(reserve=6), [2, 1])
+    assert free_space(caches[0], 1) is None
+    assert free_space(caches[1], 1) is None  # its room has gone on
+    assert free_space(caches[2], 4) is None
+    ((k, v),) = free_space(caches[2], 3).layers
+    before = [tensor.clone() for tensor in caches[2].layer(0)]
+    version = caches[2].layer(0)[0]._version
+    for whole, own in ((k, before[0]), (v, before[1])):
+        assert whole.shape == (2, 12, 3, 4)
+        assert torch.equal(whole[:, :6], own)
+        whole[:, 6:] = 5.0
+    assert caches[2].layer(0)[0]._version == version
+    for found, own in zip(caches[2].layer(0), before, strict=True):
+        assert torch.equal(found, own)
+    assert torch.equal(append(caches[2], drawn(3, 4), (3, 4, 5)).layer(0)[0][:, 6:], drawn(3, 4)[0][0])
+
+
+def lent_after(cache, frames, value):
+    """What a pass returns that wrote `value` into the space behind a cache."""
+    space = free_space(cache, frames)
+    for whole in space.layers[0]:
+        whole[:, -2 * frames :] = value
+    return space.lend(cache.text)
+
+
+def values(kv):
+    return {float(tensor.unique()) for tensor in kv[0][:2]}
+
+
+@pytest.mark.parametrize("read_first", [False, True])
+def test_what_a_pass_wrote_is_a_value(read_first):
+    """Later passes and appends write to the same space; who holds an earlier result never sees it."""
+    cache = filled(KVCache(reserve=6), [2])[-1]
+    first = lent_after(cache, 1, 1.0)
+    assert not read_first or values(first) == {1.0}
+    second = lent_after(cache, 2, 2.0)
+    longer = append(cache, second, (2, 3))
+    assert (len(longer.chunks), longer.chunks[0].room) == (1, cache.chunks[0].room)
+    third = lent_after(longer, 1, 3.0)
+    other = append(cache, first, (2,))  # the room has gone on without it
+    assert len(other.chunks) == 2
+    end = append(longer, drawn(1, 6), (4,))
+    assert [values(kv) for kv in (first, second, third)] == [{1.0}, {2.0}, {3.0}]
+    assert first[0][0].shape == (2, 2, 3, 4)
+    assert longer.layer(0)[0][:, 4:].unique().tolist() == [2.0]
+    assert other.layer(0)[1][:, 4:].unique().tolist() == [1.0]
+    assert torch.equal(end.layer(0)[0][:, 8:], drawn(1, 6)[0][0])
+    assert [len(tree) for tree in (pytree.tree_leaves(third), list(third))] == [4, 1]
+
+
+def test_what_a_pass_wrote_is_cached_where_it_is():
+    cache = filled(KVCache(reserve=6), [2])[-1]
+    kv = lent_after(cache, 2, 2.0)
+    longer = append(cache, kv, (2, 3))
+    assert longer.chunks[0].layers[0][0].data_ptr() == cache.chunks[0].room.layers[0][0].data_ptr()
+    assert kv._kept is None  # nothing was copied
+    assert values(kv) == {2.0}
+    again = append(cache, kv, (2, 3))
+    assert torch.equal(again.layer(0)[0], longer.layer(0)[0])
+
+
 def test_windows_and_rows_of_a_cache_with_room_are_as_ever():
     plain, roomy = (filled(KVCache(reserve=n), [2, 1, 2])[-1] for n in (0, 9))
     for change in (lambda c: window(c, size=3, sink=1), lambda c: take_rows(c, 1, 2), detach):
@@ -259,12 +321,14 @@ def test_windows_and_rows_of_a_cache_with_room_are_as_ever():
 @pytest.mark.parametrize(
     ("blocks", "options", "reserve"),
     [
-        (7, {}, 18),
-        (7, {"window": 21}, 18),
+        (7, {}, 21),
+        (7, {"rope": "relative"}, 18),  # what is read is a copy: no pass writes its own behind it
+        (7, {"kv_cache": "int8"}, 18),
+        (7, {"window": 21}, 21),
         (7, {"window": 20}, 0),
         (7, {"max_context_frames": 18}, 0),
         (1, {}, 0),
-        (33, {}, 96),
+        (33, {}, 99),
         (34, {}, 0),  # longer than what is reserved at once
     ],
 )
@@ -275,4 +339,4 @@ def test_room_is_made_for_what_will_be_kept(blocks, options, reserve):
 
 def test_given_frames_have_room_too():
     planned = tuple(Block(index=i, start=3 * i + 2, frames=3, offset=3 * i) for i in range(3))
-    assert start_cache(planned, (Block(index=0, start=0, frames=2, offset=0),)).reserve == 2 + 2 * 3
+    assert start_cache(planned, (Block(index=0, start=0, frames=2, offset=0),)).reserve == 2 + 3 * 3

@@ -1,0 +1,85 @@
+"""The space behind cached keys and values: a pass writes its own there, and its caller may read them or cache them in place."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import attrs
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sftk.functional.rooms import CachedKV, Room
+
+LayerKV = tuple[Tensor, Tensor, Tensor, Tensor]
+"""What a layer returns: self-attention k, v [B, L, H, D] and text k, v [B, T, H, D]."""
+TextKV = tuple[tuple[Tensor, Tensor], ...]
+"""Text (k, v) of each layer, [B, T, H, D]."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class FreeSpace:
+    """Space in a room for the frames of a pass, behind the cached ones.
+
+    Args:
+        room: whose filled frames are the cached ones.
+        count: frames of the pass.
+        layers: (k, v) of each layer, [B, (filled + count) * tokens, H, D], as views.
+    """
+
+    room: Room
+    count: int
+    layers: tuple[CachedKV, ...]
+
+    def lend(self, text: TextKV) -> LentKV:
+        """What a pass wrote, as its keys and values."""
+        lent = LentKV(self, text)
+        self.room.lent = weakref.ref(lent)
+        return lent
+
+
+class LentKV(Sequence[LayerKV]):
+    """Keys and values of a pass that lie where the pass wrote them, until somebody reads them or something else is written there.
+
+    They are a value as any other: reading makes a copy, once, and so does the room before it writes there anew. Only `append`
+    need not copy: it takes them where they are.
+    """
+
+    def __init__(self, space: FreeSpace, text: TextKV):
+        self.space, self.text = space, text
+        self._before = space.room.filled
+        self._kept: tuple[LayerKV, ...] | None = None
+
+    def lies_behind(self, room: Room | None, count: int) -> bool:
+        """Whether `count` frames lie uncopied behind what fills a room."""
+        lent = None if room is None or room.lent is None else room.lent()
+        return lent is self and self._kept is None and count == self.space.count
+
+    def keep(self) -> tuple[LayerKV, ...]:
+        """As tensors of their own."""
+        if self._kept is None:
+
+            def own(values: Any) -> Tensor:
+                start = values.shape[1] // (self._before + self.space.count) * self._before
+                return values[:, start:].clone()
+
+            pairs = zip(self.space.layers, self.text, strict=True)
+            self._kept = tuple((own(k), own(v), *text) for (k, v), text in pairs)
+        return self._kept
+
+    @overload
+    def __getitem__(self, index: int) -> LayerKV: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[LayerKV, ...]: ...
+    def __getitem__(self, index: int | slice) -> LayerKV | tuple[LayerKV, ...]:
+        return self.keep()[index]
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def __iter__(self) -> Iterator[LayerKV]:
+        return iter(self.keep())
+
+
+pytree.register_pytree_node(LentKV, lambda kv: (list(kv), None), lambda values, _: tuple(values))

@@ -1,0 +1,131 @@
+"""Passes that are replayed as CUDA graphs, against the same passes as they are."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from sftk.core.graph import Graph
+from sftk.functional.keys import Key
+from sftk.models import WanConfig, WanModel
+from sftk.models.held_linear import HalfLinear, hold_linears
+from sftk.runtime.bench_cases import randomise_zeros
+from sftk.runtime.cuda_graphs import MOST_GRAPHS, captured_graphs, release_room_memory, replay_passes
+from sftk.runtime.parallelize import parallelize
+from sftk.runtime.port import Port
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("default"),  # Inductor and Triton warn about the machine they find
+]
+
+CONFIG = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=3, in_dim=16, out_dim=16, freq_dim=64, text_dim=32, text_len=8)
+BLOCKS = 4
+
+
+def given(seed: int, batch: int = 1):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "noise": torch.randn(batch, 3 * BLOCKS, 16, 8, 8, generator=generator).cuda(),
+        "prompt_embeds": torch.randn(batch, 8, 32, generator=generator).cuda(),
+        "key": Key(seed=seed, samples=tuple(range(batch))),
+    }
+
+
+def rolled(model, values, **options):
+    graph = Graph.from_spec("specs/rollout.yaml", steps=[1000, 750, 500], **options)
+    return graph(values, {"denoiser": Port(model, torch.bfloat16)})["x0"]
+
+
+def pair(compiled: bool, kind: str = "none"):
+    """A model, and its copy that replays."""
+    torch.manual_seed(0)
+    model = WanModel(CONFIG).cuda()
+    randomise_zeros(model)
+    plain, other = (hold_linears(m, HalfLinear) for m in (model, copy.deepcopy(model)))
+    plain = parallelize(plain, checkpoint=kind, compile_blocks=compiled)
+    return plain, replay_passes(parallelize(other, checkpoint=kind, compile_blocks=compiled))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_replayed_rollouts_are_the_rollouts(compiled, batch):
+    plain, replaying = pair(compiled)
+    before = captured_graphs()
+    with torch.no_grad():
+        for turn in range(4):
+            values = given(turn, batch)
+            assert torch.equal(rolled(replaying, values), rolled(plain, values))
+            # The first turn runs, the second captures: one graph for each length of the context.
+            assert captured_graphs() - before == (0 if turn == 0 else BLOCKS)
+            for model in (plain, replaying):  # an update, in place
+                for parameter in model.parameters():
+                    parameter.mul_(1.0 + 0.1 * turn)
+
+
+@pytest.mark.parametrize("kind", ["none", "selective"])
+def test_training_replays_what_has_no_gradient(kind):
+    plain, replaying = pair(True, kind)
+    before = captured_graphs()
+    for turn in range(3):
+        grads = []
+        for model in (plain, replaying):
+            rolled(model, given(turn), last_step_only=True).square().mean().backward()
+            grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+            model.zero_grad()
+        for ours, exact in zip(*grads, strict=True):
+            assert (ours - exact).norm() <= 0.02 * exact.norm() + 1e-6  # sums of gradients have no fixed order
+    assert captured_graphs() > before
+
+
+def test_what_a_pass_returns_outlives_the_next_one():
+    _, model = pair(False)
+    values, port = given(0), Port(model, torch.bfloat16)
+    timestep = torch.full((1, 3), 500.0, device="cuda")
+    from sftk.functional import KVCache
+
+    with torch.no_grad():
+        found = [
+            port(values["noise"][:, i : i + 3], timestep, values["prompt_embeds"], cache=KVCache(reserve=9)) for i in (0, 3, 6)
+        ]
+        again = [
+            port(values["noise"][:, i : i + 3], timestep, values["prompt_embeds"], cache=KVCache(reserve=9)) for i in (0, 3, 6)
+        ]
+    for one, other in zip(found, again, strict=True):
+        assert torch.equal(one[0], other[0])
+        for a, b in zip(one[1], other[1], strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_sampling_in_inference_mode_after_training():
+    plain, replaying = pair(True)
+    with torch.no_grad():
+        for turn in range(2):
+            rolled(replaying, given(turn))
+    with torch.inference_mode():
+        for turn in range(3):
+            values = given(turn)
+            assert torch.equal(rolled(replaying, values), rolled(plain, values))
+    with torch.no_grad():
+        values = given(9)
+        assert torch.equal(rolled(replaying, values), rolled(plain, values))
+
+
+def test_other_addresses_are_other_graphs():
+    """A cache that is still held keeps its room: the next rollout has another one, and is right all the same."""
+    plain, model = pair(False)
+    graph = Graph.from_spec("specs/rollout.yaml", steps=[1000, 500], commit_last=True)
+    held = []
+    with torch.no_grad():
+        for turn in range(4):
+            values = given(turn)
+            out = graph(values, {"denoiser": Port(model, torch.bfloat16)})
+            held.append((out["cache"].layer(1)[0].clone(), out["cache"]))
+            assert torch.equal(out["x0"], graph(values, {"denoiser": Port(plain, torch.bfloat16)})["x0"])
+    for kept, cache in held:
+        assert torch.equal(cache.layer(1)[0], kept)
+    assert len(model.trunk._graphs) <= MOST_GRAPHS
+    release_room_memory()
