@@ -108,13 +108,8 @@ def append(cache: KVCache, kv: Sequence[LayerKV], positions: tuple[int, ...]) ->
     """
     last = cache.chunks[-1] if cache.chunks else None
     room, count = None if last is None else last.room, len(positions)
-    if (
-        isinstance(kv, LentKV)
-        and last is not None
-        and room is not None
-        and kv.lies_behind(room, count)
-        and _fits(last, room, count)
-    ):
+    in_place = isinstance(kv, LentKV) and kv.lies_behind(room, count)
+    if in_place and last is not None and room is not None and _fits(last, room, count):
         chunk = Chunk(layers=room.extend(count), positions=(*last.positions, *positions), room=room)
         return dataclasses.replace(cache, chunks=(*cache.chunks[:-1], chunk))
     for k, *_ in kv[:1]:

@@ -65,7 +65,7 @@ def start_cache(
     """An empty cache, with room for all blocks where nothing will be dropped, up to `MOST_RESERVED` frames of context.
 
     Args:
-        blocks, given_blocks: what will be appended. The last of `blocks` need not be, but its passes write there, see `free_space`.
+        blocks, given_blocks: what will be appended. The last of `blocks` need not be, but its passes write, see `free_space`.
         rope: how keys remember their position, see `KVCache`.
         kv_cache: how keys and values are kept; `fp8` and `int8` halve the memory of bf16 ones.
         window, max_context_frames: of `window_context`; what is dropped needs no room.
@@ -161,7 +161,7 @@ def commit_context(
     key: Key,
     block: Block,
     prompt_embeds: Tensor,
-    kv: tuple[LayerKV, ...] | None = None,
+    kv: Sequence[LayerKV] | None = None,
     negative_embeds: Tensor | None = None,
     *,
     scale: float = 1.0,
@@ -260,6 +260,6 @@ def _context_kv(
     prompt_embeds: Tensor,
     negative_embeds: Tensor | None,
     guidance: Mapping[str, Any],
-) -> tuple[LayerKV, ...]:
+) -> Sequence[LayerKV]:
     times, positions = frame_timesteps(latents, timestep), block.positions
     return guided_kv(denoiser, latents, times, prompt_embeds, negative_embeds, cache=cache, positions=positions, **guidance)

@@ -40,7 +40,7 @@ class FreeSpace:
 
 
 class LentKV(Sequence[LayerKV]):
-    """Keys and values of a pass that lie where the pass wrote them, until somebody reads them or something else is written there.
+    """Keys and values that lie where a pass wrote them, until somebody reads them or something else is written there.
 
     They are a value as any other: reading makes a copy, once, and so does the room before it writes there anew. Only `append`
     need not copy: it takes them where they are.

@@ -5,7 +5,7 @@ Under guidance a cache holds 2 B samples: the context as the conditional passes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ def guided_kv(
     batched: bool = False,
     cache: KVCache,
     **more: Any,
-) -> tuple[LayerKV, ...]:
+) -> Sequence[LayerKV]:
     """Keys and values of clean latents, as the passes of `guided_flow` will want them in their cache.
 
     Args:
@@ -106,7 +106,7 @@ def _passes(
     batched: bool,
     cache: KVCache | None,
     more: dict[str, Any],
-) -> Iterator[tuple[Tensor, tuple[LayerKV, ...]]]:
+) -> Iterator[tuple[Tensor, Sequence[LayerKV]]]:
     """Flow, keys and values of each pass; of the only one when both are in one batch."""
     if batched:
         twice: dict[str, Any] = {

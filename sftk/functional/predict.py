@@ -41,7 +41,7 @@ class Denoiser(Protocol):
         self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, *, cache: KVCache | None = None,
         layout: Layout | None = None, positions: Sequence[int] | None = None, features_at: Sequence[int] = (),
         interval: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[LayerKV, ...], tuple[Tensor, ...]]: ...
+    ) -> tuple[Tensor, Sequence[LayerKV], tuple[Tensor, ...]]: ...
     # fmt: on
 
 

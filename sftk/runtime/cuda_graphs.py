@@ -1,4 +1,4 @@
-"""CUDA graphs of cached passes without gradient: many short passes make a rollout, and the host is slower than the GPU at them."""
+"""CUDA graphs of cached passes without gradient: a rollout makes many short ones, at which a host is slower than the GPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def captured_graphs() -> int:
 def replay_passes(model: nn.Module) -> nn.Module:
     """Lets a backbone replay its cached passes without gradient, in place, and returns it.
 
-    Caches are allocated in memory of their own from then on, so that a rollout finds its own at the addresses of the one before.
+    Caches are allocated in memory of their own from then on, so that a rollout's has the addresses of the one before.
 
     Args:
         model: has `blocks`, all on one CUDA device, whole, and `trunk`.
@@ -88,7 +88,7 @@ class GraphedTrunk:
 
     Those are passes without gradient whose cache is empty, or has space behind it (`free_space`). The first pass of a kind runs
     as ever, which compiles what has to be; the second one is captured; from then on the host launches one graph instead of some
-    600 kernels. A graph refers to addresses, of weights and of cached keys and values: with other ones it is another kind of pass.
+    600 kernels. A graph refers to addresses, of weights and of cached keys and values; with others it is another kind of pass.
 
     Args:
         model: see `replay_passes`.

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sftk.core.graph import Graph
+from sftk.functional import KVCache
 from sftk.functional.keys import Key
 from sftk.models import WanConfig, WanModel
 from sftk.models.held_linear import HalfLinear, hold_linears
@@ -85,15 +86,9 @@ def test_what_a_pass_returns_outlives_the_next_one():
     _, model = pair(False)
     values, port = given(0), Port(model, torch.bfloat16)
     timestep = torch.full((1, 3), 500.0, device="cuda")
-    from sftk.functional import KVCache
-
+    cache, text = KVCache(reserve=9), values["prompt_embeds"]
     with torch.no_grad():
-        found = [
-            port(values["noise"][:, i : i + 3], timestep, values["prompt_embeds"], cache=KVCache(reserve=9)) for i in (0, 3, 6)
-        ]
-        again = [
-            port(values["noise"][:, i : i + 3], timestep, values["prompt_embeds"], cache=KVCache(reserve=9)) for i in (0, 3, 6)
-        ]
+        found, again = ([port(values["noise"][:, i : i + 3], timestep, text, cache=cache) for i in (0, 3, 6)] for _ in range(2))
     for one, other in zip(found, again, strict=True):
         assert torch.equal(one[0], other[0])
         for a, b in zip(one[1], other[1], strict=True):
