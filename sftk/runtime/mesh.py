@@ -3,7 +3,8 @@
 A run has `world` ranks, one process for each device. They are arranged twice (see `sftk.spec.arrangement.Arrangement`):
 
 * **for weights**, role by role, as `replicate x shard`: `Mesh.weights(role)` is the `DeviceMesh` with these two names, on
-  which FSDP2 shards the role (`sftk.runtime.parallelize`). It covers all ranks, those of a sequence group among them.
+  which FSDP2 shards the role (`sftk.runtime.parallelize`); with `shard` alone where all ranks hold one copy, as FSDP2 sums
+  gradients over a single copy, too. It covers all ranks, those of a sequence group among them.
 * **for samples** as `data x sequence`: `Mesh.samples` is the `DeviceMesh` with these two names. The ranks of one sequence
   group see the same samples, the same noise and the same exit steps; `data_rank` of `data_world` says which samples.
 
@@ -65,7 +66,7 @@ class Mesh:
             self._samples = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         for shards in sorted(set(self.arrangement.shards.values())):  # groups are made by all ranks, in one order
             if self.world > 1:
-                self._replicate_by_shard(shards)
+                self._copies_by_shard(shards)
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> Mesh:
@@ -120,18 +121,22 @@ class Mesh:
         return self.samples.get_group("sequence") if self.sequence > 1 else None
 
     def weights(self, role: str) -> DeviceMesh:
-        """The mesh `("replicate", "shard")` of a role's weights. In a single process it needs a group of one, which is made."""
+        """The mesh `("replicate", "shard")` of a role's weights, `("shard",)` where there is one copy of them.
+
+        In a single process it needs a group of one, which is made.
+        """
         if self.world == 1:
             self.world_.form_group_of_one(self.device)
-        return self._replicate_by_shard(self.shards(role))
+        return self._copies_by_shard(self.shards(role))
 
     def shards(self, role: str) -> int:
         """Ranks that hold one copy of a role's weights."""
         return self.arrangement.shards.get(role, 1)
 
-    def _replicate_by_shard(self, shards: int) -> DeviceMesh:
+    def _copies_by_shard(self, shards: int) -> DeviceMesh:
         if shards not in self._weights:
-            shape, names = (self.world // shards, shards), ("replicate", "shard")
+            copies = self.world // shards
+            shape, names = ((copies, shards), ("replicate", "shard")) if copies > 1 else ((shards,), ("shard",))
             self._weights[shards] = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         return self._weights[shards]
 

@@ -22,7 +22,7 @@ class Sharding:
     """How FSDP2 shards one model.
 
     Args:
-        mesh: `("replicate", "shard")`, see `sftk.runtime.mesh`.
+        mesh: `("replicate", "shard")`, or `("shard",)`, see `sftk.runtime.mesh`.
         reshard: free gathered blocks after their forward pass.
         offload: keep the shards in the host's memory.
         gather: dtype in which weights are gathered and computed with; None takes their own. Gradients are reduced in float32

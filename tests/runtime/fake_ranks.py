@@ -42,7 +42,9 @@ class Recorder(TorchDispatchMode):
         kind = KINDS.get(func._schema.name)
         if kind is not None:
             size = max(t.nbytes for t in tree_leaves(args) if isinstance(t, Tensor))
-            if size > NUMBERS and _ranks(args) > 1:
+            ranks = _ranks(args)
+            assert kind != "all_reduce" or ranks > 1, "gradients are summed over a group of one"
+            if size > NUMBERS and ranks > 1:
                 counts = self.found.setdefault(kind, [0, 0])
                 counts[0] += 1
                 counts[1] += size
@@ -50,7 +52,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _ranks(args) -> int:
-    """Of a collective's group; FSDP2 sums over one copy, too."""
+    """Of a collective's group; FSDP2 gathers and scatters what one rank holds alone, too."""
     boxed = [arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())]
     return dist.ProcessGroup.unbox(boxed[0]).size() if boxed else 2
 
