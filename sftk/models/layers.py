@@ -47,8 +47,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = upcast(x)
-        return (y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of [..., width] in float32, rounded to x's dtype before the weight multiplies it."""
+    y = upcast(x)
+    return (y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype) * weight.to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -40,6 +40,16 @@ def test_lowp():
     assert 0 < rows["fp8"]["errors"]["gradient"] < 0.5
 
 
+def test_elementwise():
+    """Kernels need Triton; without it, a row says so."""
+    (found,) = lines("elementwise.py", "--tiny", "--forms", "plain,halves", "--frames", "3", "--repeats", "2")
+    rows = {(row["piece"], row["mode"], row["form"]): row for row in found["rows"]}
+    assert len(rows) == 2 * 2 + 2 + 2 + 2 + 1
+    assert all(0 < row["error"] < 0.01 and row["microseconds"] > 0 for row in rows.values())
+    # q and k, 12 tokens of 96 channels in bfloat16, read and written; two weights; two tables of 16 angles a token.
+    assert rows["norm_rope", "forward", "plain"]["least_bytes"] == 4 * 12 * 96 * 2 + 2 * 96 * 4 + 2 * 12 * 16 * 4
+
+
 def test_load_14b(tmp_path):
     folder = tmp_path / "wan"
     for _ in range(2):  # the second one loads what is there
