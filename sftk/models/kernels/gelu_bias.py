@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
 """GELU after a linear layer, whose gradient comes with that of the layer's bias."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
 """RMS norm over the width and rotation by position, of queries and keys at once."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
 """A gated residual, the layer norm of the sum, and its modulation by frame."""
 
 from __future__ import annotations
