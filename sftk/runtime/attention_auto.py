@@ -8,7 +8,7 @@ import torch
 
 from sftk.functional.attention import available_backends
 from sftk.models.config import WanConfig
-from sftk.runtime.attention_choice import Choice, choose, find_choice, save_choice, use_choice
+from sftk.runtime.attention_choice import CACHE_VARIABLE, Choice, choose, find_choice, save_choice, use_choice
 from sftk.runtime.bench_attention import bench_attention, model_shapes
 from sftk.runtime.device import Precision, set_precision
 from sftk.runtime.mesh import Mesh
@@ -68,5 +68,8 @@ def _measure(config: WanConfig, latents: LatentsSection, device: torch.device, s
     set_precision("fp32")  # what errors are found against is exact
     report = bench_attention(heads, [shape for shape in shapes if shape.name in names], device, repeats=REPEATS)
     choice = choose(report)
-    save_choice(choice)
+    try:
+        save_choice(choice)
+    except OSError as error:  # a folder that may not be written to keeps no run from training
+        say(f"what was measured cannot be kept for later runs: {error}; {CACHE_VARIABLE} names another folder")
     return choice

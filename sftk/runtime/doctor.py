@@ -16,6 +16,7 @@ from sftk.functional.attention import FLASH, available_backends
 from sftk.runtime.plan import plan_stage
 from sftk.runtime.plan_rates import GIB
 from sftk.runtime.readable import inspect_reader
+from sftk.spec.arrangement import least_ranks
 from sftk.spec.fetch import NamedFile, how_to_get, recipe_files
 from sftk.spec.readers import Reader, recipe_readers
 from sftk.spec.recipe import Stage
@@ -101,8 +102,9 @@ def _libraries() -> str:
 
 
 def _devices(stage: Stage) -> Iterator[Finding]:
-    plan = plan_stage(attrs.evolve(stage, recipe=attrs.evolve(stage.recipe, batch=_one_pass(stage))), gpu_name="h100")
-    needed = f"memory: one rank needs about {plan.peak / GIB:.1f} GiB"
+    ranks = least_ranks(stage.recipe)
+    plan = plan_stage(_one_pass(stage, ranks), gpus=ranks, gpu_name="h100", advice=False)
+    needed = f"memory: one rank{f' of {ranks}' * (ranks > 1)} needs about {plan.peak / GIB:.1f} GiB"
     if not torch.cuda.is_available():
         reason = "this build of torch has no CUDA" if torch.version.cuda is None else "no CUDA device is visible"
         yield Finding(kind="missing" if stage.recipe.device == "cuda" else "note", text=f"CUDA: {reason}")
@@ -122,6 +124,9 @@ def _devices(stage: Stage) -> Iterator[Finding]:
             yield Finding(kind="missing", text=f"attention: {role} asks for {model.backend!r}; {fix}")
 
 
-def _one_pass(stage: Stage):
-    batch = stage.recipe.batch
-    return attrs.evolve(batch, global_=batch.per_rank or batch.global_)
+def _one_pass(stage: Stage, ranks: int) -> Stage:
+    """The stage with a batch that each of so many ranks takes in one pass, as large as theirs of the recipe's batch."""
+    batch, parts = stage.recipe.batch, ranks // stage.recipe.parallel.sequence
+    per_rank = batch.per_rank or max(batch.global_ // parts, 1)
+    batch = attrs.evolve(batch, per_rank=per_rank, global_=per_rank * parts)
+    return attrs.evolve(stage, recipe=attrs.evolve(stage.recipe, batch=batch))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import attrs
 
 from sftk.errors import Problem, SpecError
@@ -86,6 +88,19 @@ def policies(recipe: Recipe) -> dict[str, ModelParallel]:
         for role, model in recipe.models.items()
         if not model.ready_made and model.ema_of is None
     }
+
+
+def least_ranks(recipe: Recipe) -> int:
+    """The fewest ranks that a recipe's `parallel` can be arranged over.
+
+    Example:
+        >>> from sftk.spec.recipe import load_recipe
+        >>> options = ["parallel={shard: 4, sequence: 3}", "models.real_score.parallel.shard=6"]
+        >>> [least_ranks(load_recipe("recipes/dmd.yaml", taken)[0].recipe) for taken in ([], options)]
+        [1, 12]
+    """
+    shards = (policy.shard for policy in policies(recipe).values())
+    return math.lcm(recipe.parallel.sequence, *(shard for shard in shards if isinstance(shard, int)))
 
 
 def count_shards(policy: ModelParallel, ranks: int, node: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import re
 from types import SimpleNamespace
 
 import attrs
@@ -245,6 +246,10 @@ def test_a_device_is_measured_once(tmp_path, monkeypatch, auto):
     assert (heads.heads, shapes) == (40, ["full", "cached 0", "cached 3", "cached 6", "cross", "cross block"])
     assert len(said) == 1
     assert auto(FULL)["training", *FULL] == "sdpa_cudnn"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SFTK_CACHE", str(tmp_path / "file"))
+    assert settle(configs, large, "bf16", cuda) == choice
+    assert re.search(r"cannot be kept for later runs: .*file.*; SFTK_CACHE names another folder", said[-1])
     set_precision("fp32")
 
 

@@ -132,3 +132,18 @@ def test_a_size_that_is_not_here_yet_says_how_to_get_it(wan_home):
     shutil.rmtree(FOLDER)
     found = said("fetch", "mine.yaml", code=2)
     assert f"which is not here yet @ $.models.generator.size (mine.yaml:8); name a size, or download it: {DOWNLOAD}" in found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks"),
+    [
+        (["parallel.sequence=3"], " of 3"),
+        (["parallel={shard: 4, sequence: 3}", "batch.per_rank=5", "batch.global=60"], " of 12"),
+        (["parallel.shard=node", "models.real_score.parallel.shard=2"], " of 2"),
+        ([], ""),
+    ],
+)
+def test_ranks_that_a_recipe_shares_its_weights_over(overrides, ranks):
+    """One rank of the fewest that the recipe takes is planned, whatever the batch."""
+    found = said("doctor", "recipes/dmd.yaml", *overrides)
+    assert re.search(rf"memory: one rank{ranks} needs about 0\.\d GiB", found)
