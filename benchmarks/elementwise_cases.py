@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sftk.models.layers import modulate, rms_norm, upcast
+from sftk.models.block_ops import modulate
+from sftk.models.layers import rms_norm
+from sftk.models.precision import upcast
 from sftk.models.rope import _turn_halves, rotate
 
 EPS = 1e-6

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sftk.functional.attention import Backend, Mask, attention
 from sftk.functional.cache import LayerKV
-from sftk.functional.exchange import Exchange
+from sftk.functional.exchange import Exchange, OneRank
 from sftk.functional.packed import unpack
 from sftk.functional.rooms import CachedKV
+from sftk.models.block_ops import BlockOps, gated, modulate
 from sftk.models.config import WanConfig
-from sftk.models.linear_gelu import linear_gelu
+from sftk.models.precision import upcast
 from sftk.models.rope import rotate
-
-
-def upcast(x: Tensor) -> Tensor:
-    """The tensor in float32 at least."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def reset_linear_layers(model: nn.Module) -> None:
@@ -107,6 +102,7 @@ class Block(nn.Module):
         text_backend: Backend,
         keep_kv: bool,
         exchange: Exchange,
+        ops: BlockOps,
     ) -> tuple[Tensor, LayerKV | None]:
         """One block; the arguments are those of a `BlockCall`, for one layer.
 
@@ -114,33 +110,29 @@ class Block(nn.Module):
         copies.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (upcast(self.modulation)[None] + time).unbind(dim=2)
-        y = self.modulate(x, shift1, scale1)
-        q, k, v = exchange.to_heads(self.self_attn.queries(y), *self.self_attn.keys_values(y))
-        unrotated = k
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        stored = k if past_rope is None else unrotated
+        y, attn = modulate(x, shift1, scale1, self.eps), self.self_attn
+        if past_rope is None and type(exchange) is OneRank:
+            q, k = ops.norm_rope(attn.q(y), attn.k(y), (attn.norm_q, attn.norm_k), rope)
+            v = attn.v(y).unflatten(-1, (attn.heads, -1))
+            stored = k
+        else:
+            q, k, v = exchange.to_heads(attn.queries(y), *attn.keys_values(y))
+            unrotated = k
+            q, k = rotate(q, *rope), rotate(k, *rope)
+            stored = k if past_rope is None else unrotated
         k_all, v_all = _written(past, k, v) if joint else _joined(past, k, v, past_rope)
         y = exchange.to_tokens(attention(q, k_all, v_all, mask=mask, backend=backend))
-        x = self.gated(x, self.self_attn.o(y.flatten(2)), gate1)
+        x, y = ops.gated_norm(x, attn.o(y.flatten(2)), gate1, self.norm3)
 
         if text_kv is None:
             assert text is not None
             text_kv = self.cross_attn.keys_values(text)
-        queries = self.cross_attn.queries(self.norm3(x).to(x.dtype))
+        queries = self.cross_attn.queries(y)
         found = attention(queries, text_kv[0].to(queries.dtype), text_kv[1].to(queries.dtype), backend=text_backend)
-        x = x + self.cross_attn.o(found.flatten(2))
+        x, y = ops.added_modulated(x, self.cross_attn.o(found.flatten(2)), shift2, scale2, self.eps)
 
-        x = self.gated(x, self.ffn[2](linear_gelu(self.ffn[0], self.modulate(x, shift2, scale2))), gate2)
+        x = gated(x, self.ffn[2](ops.linear_gelu(self.ffn[0], y)), gate2)
         return x, ((stored, v, *text_kv) if keep_kv else None)
-
-    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """Layer norm without weights, then scale and shift by frame, in float32."""
-        return modulate(x, shift, scale, self.eps)
-
-    def gated(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-        """`x + gate * y` by frame, in float32, back to x's dtype."""
-        by_frame = upcast(y).unflatten(1, (gate.shape[1], -1)) * gate[:, :, None]
-        return (upcast(x) + by_frame.flatten(1, 2)).to(x.dtype)
 
 
 def _joined(past: tuple[CachedKV, ...], k: Tensor, v: Tensor, past_rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -162,13 +154,6 @@ def _written(past: tuple[CachedKV, ...], k: Tensor, v: Tensor) -> tuple[Tensor, 
     k_all[:, start:] = k
     v_all[:, start:] = v
     return k_all, v_all
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Layer norm of [B, L, width], then `(1 + scale) x + shift` with [B, F, width], in float32; x's dtype."""
-    y = F.layer_norm(upcast(x), x.shape[-1:], eps=eps)
-    by_frame = y.unflatten(1, (shift.shape[1], -1)) * (1 + scale[:, :, None]) + shift[:, :, None]
-    return by_frame.flatten(1, 2).to(x.dtype)
 
 
 class Head(nn.Module):

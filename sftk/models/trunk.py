@@ -12,6 +12,7 @@ from sftk.functional.attention import Backend, Mask
 from sftk.functional.cache import LayerKV
 from sftk.functional.exchange import Exchange
 from sftk.functional.rooms import CachedKV
+from sftk.models.block_ops import BlockOps
 from sftk.models.compiled import any_length, is_compiled
 
 
@@ -29,6 +30,7 @@ class BlockCall:
         backend, text_backend: of self-attention and of cross-attention.
         keep_kv: return keys and values.
         exchange: gives self-attention all tokens where several ranks share them.
+        ops: what lies between the products.
     """
 
     time: Tensor
@@ -43,6 +45,7 @@ class BlockCall:
     text_backend: Backend
     keep_kv: bool
     exchange: Exchange
+    ops: BlockOps
 
 
 Passed = tuple[Tensor, tuple[LayerKV, ...], dict[int, Tensor]]
@@ -87,6 +90,7 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, call: BlockCall, wanted: Collec
             call.text_backend,
             call.keep_kv,
             call.exchange,
+            call.ops,
         )
         if found is not None:
             kv.append(found)

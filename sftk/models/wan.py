@@ -16,8 +16,10 @@ from sftk.functional.cache import KVCache, LayerKV, free_space
 from sftk.functional.exchange import ExchangeFor, one_rank
 from sftk.functional.free_space import FreeSpace
 from sftk.functional.layout import Layout, check_layout
+from sftk.models.block_ops import PLAIN, BlockOps
 from sftk.models.config import WanConfig
-from sftk.models.layers import Block, Head, IntervalEmbedding, reset_linear_layers, sinusoidal_embedding, upcast
+from sftk.models.layers import Block, Head, IntervalEmbedding, reset_linear_layers, sinusoidal_embedding
+from sftk.models.precision import upcast
 from sftk.models.rope import rope_table
 from sftk.models.trunk import BlockCall, Trunk, run_blocks
 
@@ -48,6 +50,7 @@ class WanModel(nn.Module):
         self.backend: Backend = backend
         self.exchange: ExchangeFor = one_rank
         self.trunk: Trunk = run_blocks
+        self.ops: BlockOps = PLAIN
         self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), nn.Linear(config.dim, config.dim)
@@ -145,6 +148,7 @@ class WanModel(nn.Module):
             text_backend=cross,
             keep_kv=cache is not None and space is None,
             exchange=exchange,
+            ops=self._ops(latents, frames * height * width),
         )
         wanted = tuple(self._layer_index(i) for i in features_at)
         x, kv, hidden = self.trunk(self.blocks, x, call, wanted)
@@ -190,6 +194,13 @@ class WanModel(nn.Module):
         keys = tokens + (0 if cache is None else cache.frames * tokens // max(latents.shape[1], 1))
         own = self.backend if mask is not None else settled(self.backend, tokens, keys, device, dtype)
         return own, settled(self.backend, tokens, self.config.text_len, device, dtype)
+
+    def _ops(self, latents: Tensor, tokens: int) -> BlockOps:
+        """What computes between the products of a pass: `ops` where it can, and where it pays."""
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else self._dtype
+        half = latents.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+        able = half and not is_exact() and forward_ad._current_level < 0 and self.config.qk_norm and self.config.cross_attn_norm
+        return self.ops if able and (tokens >= self.ops.worth or not torch.is_grad_enabled()) else PLAIN
 
     @property
     def _dtype(self) -> torch.dtype:

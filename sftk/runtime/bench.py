@@ -18,6 +18,7 @@ from sftk.errors import SpecError
 from sftk.functional.layout import flex_mask, token_mask
 from sftk.models.rope import rope_table
 from sftk.models.vae import TEMPORAL_FACTOR
+from sftk.runtime.acceleration import backbones, compiles, fuses, replays_passes
 from sftk.runtime.attention_auto import settle_attention
 from sftk.runtime.bench_cases import ROLLOUT, Cases, case_names, rollout_graph
 from sftk.runtime.bench_count import Counts, count_cases
@@ -25,7 +26,7 @@ from sftk.runtime.bench_device import device_facts
 from sftk.runtime.bench_measure import measure
 from sftk.runtime.bench_profile import profile_call
 from sftk.runtime.bench_rows import Row, failed_row, measured_row, summary_rows
-from sftk.runtime.build import backbones, build_stage, compiles, replays_passes
+from sftk.runtime.build import build_stage
 from sftk.runtime.cuda_graphs import release_room_memory
 from sftk.runtime.device import device_name, pick_device
 from sftk.runtime.plan_rates import GPUS, known_gpu
@@ -117,6 +118,7 @@ def recipe_facts(stage: Stage) -> dict[str, Any]:
         "precision": recipe.precision,
         "compiled": compiles(recipe, pick_device(recipe.device)),
         "cuda_graphs": replays_passes(recipe, pick_device(recipe.device)),
+        "triton_kernels": fuses(recipe, pick_device(recipe.device)),
         "models": {
             role: {"dtype": model.dtype, "checkpoint": model.checkpoint, "backend": model.backend}
             for role, model in recipe.models.items()

@@ -15,12 +15,12 @@ from torch import nn
 from sftk.core.graph import Graph
 from sftk.core.replay import Tape, replayed
 from sftk.data.builtins import ready_made
-from sftk.errors import CheckpointError, SpecError
+from sftk.errors import CheckpointError
 from sftk.models.branch import ClassifierBranch
-from sftk.models.config import WanConfig
 from sftk.models.held_linear import HalfLinear, hold_linears
 from sftk.models.wan import WanModel
 from sftk.models.weights import DTYPES, build_module
+from sftk.runtime.acceleration import backbones, compiles, fuses, replays_passes
 from sftk.runtime.attention_auto import settle_attention
 from sftk.runtime.cuda_graphs import replay_passes
 from sftk.runtime.device import set_precision
@@ -183,6 +183,7 @@ def _build(stage: Stage, role: str, weights: Path | None, mesh: Mesh, device: to
         wrap=wrap,
         here=lambda tensor: (local(tensor), rows(tensor)),
     )
+    _fuse(module, recipe, device)
     replayed = isinstance(module, WanModel) and sharding is None and mesh.sequence_group is None
     return replay_passes(module) if replayed and replays_passes(recipe, device) else module
 
@@ -201,6 +202,7 @@ def _copy(stage: Stage, role: str, source: nn.Module, mesh: Mesh) -> nn.Module:
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
             local(tensor).copy_(local(given[name]))
+    _fuse(module, recipe, parameter.device)
     return module.requires_grad_(False).eval()
 
 
@@ -229,57 +231,16 @@ def _linears(recipe: Recipe, role: str, module: nn.Module, *, sharded: bool) -> 
     return hold_linears(module, HalfLinear) if holds_half(recipe, role) and not sharded else module
 
 
+def _fuse(module: nn.Module, recipe: Recipe, device: torch.device) -> None:
+    """Gives a backbone the Triton kernels, where they are to be used."""
+    if isinstance(module, WanModel) and fuses(recipe, device):
+        from sftk.models.kernels.block_ops import TritonOps
+
+        module.ops = TritonOps()
+
+
 def _on_meta(module: nn.Module) -> bool:
     return next(module.parameters()).is_meta
-
-
-COMPILED_FROM = 50_000_000
-"""Weights of the largest backbone from which `compile: auto` compiles: a smaller one's run ends before its compilation pays."""
-
-
-def compiles(recipe: Recipe, device: torch.device) -> bool:
-    """Whether a recipe's blocks and segments are compiled on a device; `auto` does so on CUDA for backbones of some size.
-
-    Example:
-        >>> from sftk.spec.recipe import load_recipe
-        >>> recipes = [load_recipe(name)[0].recipe for name in ("recipes/dmd.yaml", "recipes/wan-1.3b/dmd.yaml")]
-        >>> [compiles(recipe, torch.device(kind)) for recipe in recipes for kind in ("cpu", "cuda")]
-        [False, False, False, True]
-    """
-    if recipe.compile != "auto":
-        return recipe.compile
-    weights = [(8 * c.dim**2 + 2 * c.dim * c.ffn_dim) * c.num_layers for c in backbones(recipe)]
-    return device.type == "cuda" and max(weights, default=0) >= COMPILED_FROM
-
-
-def replays_passes(recipe: Recipe, device: torch.device) -> bool:
-    """Whether a recipe's cached passes without gradient are replayed as CUDA graphs on a device; `auto` is where it compiles.
-
-    Raises:
-        SpecError: it asks for them, and the device has none.
-
-    Example:
-        >>> from sftk.spec.recipe import load_recipe
-        >>> (stage,) = load_recipe("recipes/wan-1.3b/dmd.yaml")
-        >>> [replays_passes(stage.recipe, torch.device(kind)) for kind in ("cpu", "cuda")]
-        [False, True]
-    """
-    if recipe.cuda_graphs == "auto":
-        return device.type == "cuda" and compiles(recipe, device)
-    if recipe.cuda_graphs and device.type != "cuda":
-        raise SpecError(f"cuda_graphs: true needs a CUDA device, found {device.type!r}; set cuda_graphs: auto")
-    return recipe.cuda_graphs
-
-
-def backbones(recipe: Recipe) -> tuple[WanConfig, ...]:
-    """The sizes of a recipe's backbones.
-
-    Example:
-        >>> from sftk.spec.recipe import load_recipe
-        >>> {config.dim for config in backbones(load_recipe("recipes/wan-14b/dmd.yaml")[0].recipe)}
-        {1536, 5120}
-    """
-    return tuple(model.config for model in recipe.models.values() if model.size is not None)
 
 
 def construct(recipe: Recipe, role: str) -> nn.Module:

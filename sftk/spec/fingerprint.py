@@ -23,6 +23,7 @@ FREE = (
     "track",
     "compile",
     "cuda_graphs",
+    "triton_kernels",
     "device",
     "parallel",
 )

@@ -273,4 +273,5 @@ class Recipe:
     lowp: LowpSection = attrs.field(factory=LowpSection)
     compile: Literal["auto"] | bool = "auto"
     cuda_graphs: Literal["auto"] | bool = "auto"
+    triton_kernels: Literal["auto"] | bool = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"

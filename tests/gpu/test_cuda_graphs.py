@@ -60,7 +60,7 @@ def test_replayed_rollouts_are_the_rollouts(compiled, batch):
         for turn in range(4):
             values, steps = given(turn, batch), {"last_step_only": True}
             assert torch.equal(rolled(replaying, values, **steps), rolled(plain, values, **steps))
-            # A graph for each length of the context, from its second pass on: later turns find their caches at the same addresses.
+            # One for each length of the context, from its second pass on: later turns find their caches at the same addresses.
             assert captured_graphs() - before == BLOCKS
             for model in (plain, replaying):  # an update, in place
                 for parameter in model.parameters():
