@@ -165,7 +165,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     print(f"{device_name(device)}, copies at {rate / 1e9:.0f} GB/s", file=sys.stderr)
     print(
-        f"{'piece':14}{'mode':9}{'tokens':>7}  {'form':24}{'us':>9}{'host us':>9}{'GB/s':>7}{'of copy':>8}  error",
+        f"{'piece':16}{'mode':9}{'tokens':>7}  {'form':24}{'us':>9}{'host us':>9}{'GB/s':>7}{'of copy':>8}  error",
         file=sys.stderr,
     )
     for name in given.only.split(",") if given.only else CASES:
@@ -188,7 +188,7 @@ def main() -> None:
                 except Exception as problem:
                     row["problem"] = f"{type(problem).__name__}: {problem}"
                     text = "  " + row["problem"].splitlines()[0][:90]
-                print(f"{name:14}{mode:9}{sizes.tokens:7}  {form:24}{text}", file=sys.stderr)
+                print(f"{name:16}{mode:9}{sizes.tokens:7}  {form:24}{text}", file=sys.stderr)
                 rows.append(row)
                 torch.compiler.reset()
                 gc.collect()

@@ -99,6 +99,21 @@ def residual_inputs(sizes: Sizes, device: torch.device) -> tuple[list[Tensor], l
     return [x, y], list(table.unbind(2)[:3])
 
 
+def modulated_plain(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    return (modulate(x, shift, scale, EPS),)
+
+
+def modulated_fused(x: Tensor, shift: Tensor, scale: Tensor, **tile: int) -> tuple[Tensor, ...]:
+    from sftk.models.kernels.residual_norm import modulated_norm
+
+    return (modulated_norm(x, shift, scale, EPS, **tile),)
+
+
+def modulated_inputs(sizes: Sizes, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    (x, _), (_, shift, scale) = residual_inputs(sizes, device)
+    return [x], [shift, scale]
+
+
 def weighted_plain(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     total = x + y
     return total, F.layer_norm(upcast(total), weight.shape, weight, bias, EPS).to(x.dtype)
@@ -150,6 +165,7 @@ def gelu_backward_inputs(sizes: Sizes, device: torch.device) -> tuple[list[Tenso
 
 CASES = {
     "norm_rope": Case(norm_rope_plain, norm_rope_fused, norm_rope_inputs, {"halves": norm_rope_halves}, fixed=2),
+    "modulated_norm": Case(modulated_plain, modulated_fused, modulated_inputs),
     "residual_norm": Case(residual_plain, residual_fused, residual_inputs),
     "weighted_norm": Case(weighted_plain, weighted_fused, weighted_inputs),
     "gelu_bias": Case(gelu_plain, gelu_fused, gelu_inputs),

@@ -24,6 +24,10 @@ class BlockOps:
     worth = 0
     """Tokens of a pass with gradient from which they are used instead of the plain ones."""
 
+    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+        """`(1 + scale) layer_norm(x) + shift`, see the function of this name."""
+        return modulate(x, shift, scale, eps)
+
     def norm_rope(self, q: Tensor, k: Tensor, norms: tuple[nn.Module, nn.Module], rope: tuple[Tensor, Tensor]) -> list[Tensor]:
         """Queries and keys [B, L, width], normed and rotated: [B, L, H, D]."""
         dim = 2 * rope[0].shape[-1]

@@ -10,7 +10,7 @@ from sftk.functional.cache import LayerKV
 from sftk.functional.exchange import Exchange, OneRank
 from sftk.functional.packed import unpack
 from sftk.functional.rooms import CachedKV
-from sftk.models.block_ops import BlockOps, gated, modulate
+from sftk.models.block_ops import BlockOps, gated
 from sftk.models.config import WanConfig
 from sftk.models.precision import upcast
 from sftk.models.rope import rotate
@@ -110,7 +110,7 @@ class Block(nn.Module):
         copies.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (upcast(self.modulation)[None] + time).unbind(dim=2)
-        y, attn = modulate(x, shift1, scale1, self.eps), self.self_attn
+        y, attn = ops.modulate(x, shift1, scale1, self.eps), self.self_attn
         if past_rope is None and type(exchange) is OneRank:
             q, k = ops.norm_rope(attn.q(y), attn.k(y), (attn.norm_q, attn.norm_k), rope)
             v = attn.v(y).unflatten(-1, (attn.heads, -1))
@@ -166,10 +166,10 @@ class Head(nn.Module):
         self.head = nn.Linear(config.dim, patch * config.out_dim)
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, ops: BlockOps) -> Tensor:
         """[B, L, patch * out_dim] from x [B, L, width] and time [B, F, width]."""
         shift, scale = (upcast(self.modulation)[None] + time[:, :, None]).unbind(dim=2)
-        return self.head(modulate(x, shift, scale, self.eps))
+        return self.head(ops.modulate(x, shift, scale, self.eps))
 
 
 class IntervalEmbedding(nn.Sequential):

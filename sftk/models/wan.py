@@ -155,7 +155,7 @@ class WanModel(nn.Module):
         features = {index: exchange.whole(found) for index, found in hidden.items()}
         if space is not None and cache is not None and cache.text is not None:
             kv = space.lend(cache.text)
-        flow = self._unpatch(exchange.whole(self.head(x, time)), frames, height, width)
+        flow = self._unpatch(exchange.whole(self.head(x, time, call.ops)), frames, height, width)
         return flow.to(latents.dtype), kv, tuple(features[index] for index in wanted)
 
     def _check(

@@ -10,7 +10,7 @@ from sftk.models.block_ops import BlockOps
 from sftk.models.held_linear import HalfLinear
 from sftk.models.kernels.gelu_bias import gelu_bias
 from sftk.models.kernels.norm_rope import norm_rope
-from sftk.models.kernels.residual_norm import residual_norm
+from sftk.models.kernels.residual_norm import modulated_norm, residual_norm
 from sftk.models.layers import RMSNorm
 
 
@@ -21,6 +21,9 @@ class TritonOps(BlockOps):
     """
 
     worth = 16384
+
+    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+        return modulated_norm(x, shift, scale, eps)
 
     def norm_rope(self, q: Tensor, k: Tensor, norms: tuple[nn.Module, nn.Module], rope: tuple[Tensor, Tensor]) -> list[Tensor]:
         norm_q, norm_k = norms
