@@ -163,7 +163,10 @@ class WanModel(nn.Module):
     ) -> tuple[int, int, int]:
         config = self.config
         if latents.dim() != 5 or latents.shape[2] != config.in_dim:
-            raise ShapeError(f"latents must be [B, F, {config.in_dim}, H, W], found {list(latents.shape)}")
+            raise ShapeError(
+                f"latents must be [B, F, {config.in_dim}, H, W], found {list(latents.shape)}; "
+                f"a model of another in_dim, or latents.channels: {config.in_dim} in a recipe, makes them fit"
+            )
         batch, frames, _, height, width = latents.shape
         if timestep.shape not in ((batch,), (batch, frames)):
             raise ShapeError(f"timestep must be [{batch}] or [{batch}, {frames}], found {list(timestep.shape)}")
@@ -172,7 +175,9 @@ class WanModel(nn.Module):
         if prompt_embeds.shape[1] > config.text_len:
             raise ShapeError(f"prompt_embeds hold {prompt_embeds.shape[1]} tokens, at most {config.text_len} fit")
         if height % config.patch_size[1] or width % config.patch_size[2]:
-            raise ShapeError(f"a patch of {config.patch_size[1:]} does not divide latents of {height}x{width}")
+            raise ShapeError(
+                f"a patch of {config.patch_size[1:]} does not divide latents of {height}x{width}; choose multiples of it"
+            )
         check_layout(layout, frames)
         if layout is not None and cache is not None and cache.frames:
             raise ShapeError(f"a layout speaks of one pass's own frames; found one with a cache of {cache.frames} frames")

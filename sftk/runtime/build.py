@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,12 +91,19 @@ class Built:
             sync.rest()
 
 
-def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder, mesh: Mesh | None = None) -> Built:
+def build_stage(
+    stage: Stage,
+    device: torch.device,
+    earlier: WeightFinder,
+    mesh: Mesh | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Built:
     """Builds a stage on a device.
 
     Args:
         earlier: weights of the stages before it.
         mesh: the ranks; None is a single process.
+        say: told what takes a while.
 
     Raises:
         CheckpointError: weights do not fit.
@@ -105,7 +112,7 @@ def build_stage(stage: Stage, device: torch.device, earlier: WeightFinder, mesh:
     recipe, mesh = stage.recipe, mesh or Mesh.single(device)
     check_fp8(recipe, device)
     compiled = compiles(recipe, device)
-    settle_attention(backbones(recipe), recipe.latents, recipe.precision, device, mesh)
+    settle_attention(backbones(recipe), recipe.latents, recipe.precision, device, mesh, say)
     updated = {role for phase in recipe.phases for role in phase.roles}
     bound = [(phase, gradient_roles(stage.graphs[phase.name])) for phase in recipe.phases]
     graded = {phase.models.get(role, role) for phase, roles in bound for role in roles}

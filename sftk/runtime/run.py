@@ -136,7 +136,7 @@ def _run_stage(
     """Trains one stage and, for the last one, evaluates it."""
     prepare_data(stage, progress)
     world.wait("data")
-    training = StageRun(stage, run.checkpoints(stage.name), earlier, world)
+    training = StageRun(stage, run.checkpoints(stage.name), earlier, world, progress.note)
     _note_bad(training, progress)
     evaluation = _Evaluation(stage, training, run, progress) if last and evaluation_enabled(stage.recipe) else None
     if evaluation is not None and evaluation.due_before:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import attrs
@@ -43,6 +44,7 @@ class StageRun:
     folder: Path
     earlier: WeightFinder
     world: World = attrs.field(factory=World)
+    say: Callable[[str], None] = attrs.field(default=lambda line: None)
     built: Built = attrs.field(init=False)
     step: int = attrs.field(init=False, default=0)
     loader: Loader = attrs.field(init=False)
@@ -51,7 +53,7 @@ class StageRun:
     def __attrs_post_init__(self) -> None:
         recipe, device = self.stage.recipe, pick_device(self.stage.recipe.device)
         mesh = make_mesh(recipe, self.world, device)
-        self.built = build_stage(self.stage, device, self.earlier, mesh)
+        self.built = build_stage(self.stage, device, self.earlier, mesh, self.say)
         self.loader = make_loader(recipe, self.stage.path, rank=mesh.data_rank, world=mesh.data_world)
         self._saver = Saver(self.folder, recipe.checkpoint.keep, recipe.checkpoint.background)
 
