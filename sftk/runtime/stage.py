@@ -38,6 +38,7 @@ class StageRun:
         folder: of its checkpoints.
         earlier: weights that stages before it left.
         world: the processes of the run.
+        say: told what takes a while before the first step.
     """
 
     stage: Stage
