@@ -26,17 +26,20 @@ def close(a, b, tolerance=1e-11):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+FIX = "a model of another in_dim, or latents.channels: 4 in a recipe, makes them fit"
+
+
 @pytest.mark.parametrize(
     ("latents", "timestep", "embeds", "message"),
     [
-        ((2, 3, 5, 4, 4), (2, 3), (2, 4, 8), "latents must be [B, F, 4, H, W], found [2, 3, 5, 4, 4]"),
-        ((3, 4, 4, 4), (2, 3), (2, 4, 8), "latents must be [B, F, 4, H, W], found [3, 4, 4, 4]"),
+        ((2, 3, 5, 4, 4), (2, 3), (2, 4, 8), "latents must be [B, F, 4, H, W], found [2, 3, 5, 4, 4]; " + FIX),
+        ((3, 4, 4, 4), (2, 3), (2, 4, 8), "latents must be [B, F, 4, H, W], found [3, 4, 4, 4]; " + FIX),
         ((2, 3, 4, 4, 4), (2, 4), (2, 4, 8), "timestep must be [2] or [2, 3], found [2, 4]"),
         ((2, 3, 4, 4, 4), (1,), (2, 4, 8), "timestep must be [2] or [2, 3], found [1]"),
         ((2, 3, 4, 4, 4), (2, 3), (1, 4, 8), "prompt_embeds must be [2, T, 8], found [1, 4, 8]"),
         ((2, 3, 4, 4, 4), (2, 3), (2, 4, 7), "prompt_embeds must be [2, T, 8], found [2, 4, 7]"),
         ((2, 3, 4, 4, 4), (2, 3), (2, 5, 8), "prompt_embeds hold 5 tokens, at most 4 fit"),
-        ((2, 3, 4, 5, 4), (2, 3), (2, 4, 8), "a patch of (2, 2) does not divide latents of 5x4"),
+        ((2, 3, 4, 5, 4), (2, 3), (2, 4, 8), "a patch of (2, 2) does not divide latents of 5x4; choose multiples of it"),
     ],
 )
 def test_shape_errors(model, latents, timestep, embeds, message):
