@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from sftk.core.fold import Fold
 from sftk.core.graph import Graph
+from sftk.core.numerics import as_with_gradient
 from sftk.core.transform import FunctionTransform, Kind, Node, Transform
 
 
@@ -78,7 +79,7 @@ class Tape:
             given: everything that the step reads.
         """
         gradients: dict[int, Tensor] = {}
-        with torch.no_grad():
+        with torch.no_grad(), as_with_gradient():  # the gradient is to be that of these values
             values, structure = pytree.tree_flatten(run())
         leaves = [_leaf(value, index, gradients) for index, value in enumerate(values)]
         linked = any(isinstance(value, Tensor) and value.requires_grad for value in pytree.tree_leaves(given))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
+from sftk.core.numerics import rounds_as_with_gradient
 from sftk.errors import ShapeError, SpecError
 from sftk.functional.attention_spans import Spans, attention_by_spans, token_spans
 from sftk.functional.flash import flash_attention, flash_operators, has_flash, has_flash_4
@@ -212,7 +213,7 @@ def settled(backend: Backend, queries: int, keys: int, device: torch.device, dty
     """
     if backend != "auto" or device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return backend
-    return automatic("training" if torch.is_grad_enabled() else "forward", queries, keys)
+    return automatic("training" if rounds_as_with_gradient() else "forward", queries, keys)
 
 
 _exact = 0

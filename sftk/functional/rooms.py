@@ -76,6 +76,7 @@ def make_room(layers: tuple[CachedKV, ...], count: int, frames: int) -> Room:
     """Room for `frames` frames of such keys and values as `layers` has for `count` of them.
 
     Example:
+        >>> import torch
         >>> make_room(((torch.zeros(1, 6, 2, 8), torch.zeros(1, 6, 2, 8)),), 3, 12).layers[0][1].shape
         torch.Size([1, 24, 2, 8])
     """
@@ -100,6 +101,7 @@ def tensors_of(layers: tuple[CachedKV, ...]) -> list[Tensor]:
     """All tensors of the layers, in order.
 
     Example:
+        >>> import torch
         >>> len(tensors_of(((torch.zeros(1, 6, 2, 8), Packed(torch.zeros(1, 6, 2, 8), torch.zeros(1, 6, 2, 1))),)))
         3
     """
@@ -114,6 +116,7 @@ def each_of(layers: tuple[CachedKV, ...], change: Callable[[Tensor], Tensor]) ->
     """Layers with every tensor changed, in the order of `tensors_of`; axes of codes and scales are the same but for the last.
 
     Example:
+        >>> import torch
         >>> each_of(((torch.zeros(1, 6, 2, 8), torch.zeros(1, 6, 2, 8)),), lambda x: x[:, :2])[0][0].shape
         torch.Size([1, 2, 2, 8])
     """

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sftk.core.numerics import rounds_as_with_gradient
 from sftk.errors import SpecError
 from sftk.functional.flash import flash, has_flash_4
 
@@ -106,7 +107,7 @@ def split_kv_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise SpecError(
             "the attention backend 'flash_split_kv' needs FlashAttention 4: pip install 'sftk[flash]'; or use 'sdpa'"
         )
-    if torch.is_grad_enabled() or q.shape[0] != 1:
+    if rounds_as_with_gradient() or q.shape[0] != 1:
         return flash(q, k, v)[0]
     outs, lses = flash_partials(q, k, v)
     if outs.is_cuda and not torch.compiler.is_compiling():

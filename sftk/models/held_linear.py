@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from sftk.core.numerics import rounds_as_with_gradient
+
 
 class HeldLinear(nn.Linear, ABC):
     """A linear layer with something in `held` that stands for its weight in calls without gradient.
@@ -38,8 +40,8 @@ class HeldLinear(nn.Linear, ABC):
 
     @property
     def without_gradient(self) -> bool:
-        """Whether a call now would carry no gradient."""
-        return not torch.is_grad_enabled() and forward_ad._current_level < 0
+        """Whether a call now carries no gradient, nor has to be as one that does."""
+        return not rounds_as_with_gradient() and forward_ad._current_level < 0
 
     @torch.no_grad()
     def refresh(self) -> None:

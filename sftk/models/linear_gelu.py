@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sftk.core.numerics import rounds_as_with_gradient
 from sftk.functional.attention import is_exact
 from sftk.models.held_linear import HalfLinear
 
@@ -41,7 +42,7 @@ def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
         >>> torch.equal(linear_gelu(layer, x), F.gelu(layer(x), approximate="tanh"))
         True
     """
-    if x.is_cuda and not torch.is_grad_enabled() and not is_exact():
+    if x.is_cuda and not rounds_as_with_gradient() and not is_exact():
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
         weight, bias = _plain(layer, dtype)
         if weight is not None and bias is not None and dtype in (torch.bfloat16, torch.float16):

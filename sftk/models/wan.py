@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from sftk.core.numerics import rounds_as_with_gradient
 from sftk.errors import ShapeError
 from sftk.functional.attention import Backend, Mask, attention_mask, is_exact, settled
 from sftk.functional.cache import KVCache, LayerKV, free_space
@@ -205,7 +206,7 @@ class WanModel(nn.Module):
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else self._dtype
         half = latents.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
         able = half and not is_exact() and forward_ad._current_level < 0 and self.config.qk_norm and self.config.cross_attn_norm
-        return self.ops if able and (tokens >= self.ops.worth or not torch.is_grad_enabled()) else PLAIN
+        return self.ops if able and (tokens >= self.ops.worth or not rounds_as_with_gradient()) else PLAIN
 
     @property
     def _dtype(self) -> torch.dtype:

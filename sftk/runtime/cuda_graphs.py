@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from sftk.core.numerics import rounds_as_with_gradient
 from sftk.errors import SftkError
 from sftk.functional.attention import is_exact
 from sftk.functional.free_space import LayerKV, TextKV
@@ -176,7 +177,7 @@ class GraphedTrunk:
 
 
 def _replayable(x: Tensor, call: BlockCall, wanted: Collection[int]) -> bool:
-    differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0 or is_exact()
+    differentiated = rounds_as_with_gradient() or forward_ad._current_level >= 0 or is_exact()
     alone = not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing() if x.is_cuda else False
     cached = call.joint or (call.keep_kv and not any(call.past))
     return alone and cached and not differentiated and call.mask is None and not wanted

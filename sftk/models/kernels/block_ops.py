@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sftk.core.numerics import rounds_as_with_gradient
 from sftk.models.block_ops import BlockOps
 from sftk.models.held_linear import HalfLinear
 from sftk.models.kernels.gelu_bias import gelu_bias
@@ -39,7 +39,7 @@ class TritonOps(BlockOps):
         return residual_norm(x, y, None, shift, scale, eps)
 
     def linear_gelu(self, layer: nn.Module, x: Tensor) -> Tensor:
-        if type(layer) not in (nn.Linear, HalfLinear) or not torch.is_grad_enabled():
+        if type(layer) not in (nn.Linear, HalfLinear) or not rounds_as_with_gradient():
             return super().linear_gelu(layer, x)
         assert isinstance(layer, nn.Linear)
         return gelu_bias(F.linear(x, layer.weight, layer.bias.detach()), layer.bias)
