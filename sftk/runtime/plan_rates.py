@@ -18,7 +18,7 @@ class Gpu:
     Args:
         memory: GiB that a process may fill; the driver and CUDA's context are left out.
         gemm: TFLOP/s of bf16 matrix products.
-        attention, attention_backward: TFLOP/s of bf16 attention through PyTorch (`sdpa`, `flex`).
+        attention, attention_backward: TFLOP/s of bf16 attention through PyTorch (`sdpa`), which takes cuDNN's on these.
         flash, flash_backward: through FlashAttention (`flash`).
         bandwidth: TB/s of its memory.
         link: GB/s to the other GPUs of a node, each way.
@@ -55,11 +55,11 @@ NETWORK = 50.0
 
 GPUS: dict[str, Gpu] = {
     "h100": Gpu(
-        memory=79.1, gemm=680, attention=350, attention_backward=300, flash=650, flash_backward=620, bandwidth=3.35,
+        memory=79.1, gemm=680, attention=560, attention_backward=530, flash=650, flash_backward=620, bandwidth=3.35,
         link=450, source="rates measured on one H100 SXM at the shapes of Wan 1.3B; bandwidths from its data sheet",
     ),
     "h200": Gpu(
-        memory=139.8, gemm=680, attention=350, attention_backward=300, flash=650, flash_backward=620, bandwidth=4.8,
+        memory=139.8, gemm=680, attention=560, attention_backward=530, flash=650, flash_backward=620, bandwidth=4.8,
         link=450, source="as the H100, whose processor it has; bandwidths from its data sheet",
     ),
     "a100": Gpu(
