@@ -221,7 +221,11 @@ def _sharding(recipe: Recipe, role: str, mesh: Mesh) -> Sharding | None:
         return None
     half = recipe.precision == "bf16" and recipe.models[role].dtype == "fp32"
     gather = torch.bfloat16 if half else None
-    return Sharding(mesh=mesh.weights(role), reshard=policy.reshard is not False, offload=offload, gather=gather)
+    narrow = DTYPES[recipe.models[role].dtype].itemsize < 4 and recipe.precision != "fp64"
+    sums = narrow and recipe.parallel.accumulate == "sharded" and role in recipe.optimizers
+    return Sharding(
+        mesh=mesh.weights(role, partial_sums=sums), reshard=policy.reshard is not False, offload=offload, gather=gather
+    )
 
 
 def _share(module: nn.Module, mesh: Mesh) -> nn.Module:

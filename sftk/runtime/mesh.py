@@ -57,7 +57,7 @@ class Mesh:
     world_: World
     arrangement: Arrangement
     device: torch.device
-    _weights: dict[int, DeviceMesh] = attrs.field(init=False, factory=dict)
+    _weights: dict[tuple[int, bool], DeviceMesh] = attrs.field(init=False, factory=dict)
     _samples: DeviceMesh | None = attrs.field(init=False, default=None)
 
     def __attrs_post_init__(self) -> None:
@@ -66,7 +66,7 @@ class Mesh:
             self._samples = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         for shards in sorted(set(self.arrangement.shards.values())):  # groups are made by all ranks, in one order
             if self.world > 1:
-                self._copies_by_shard(shards)
+                self._copies_by_shard(shards, partial_sums=False)
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> Mesh:
@@ -120,25 +120,30 @@ class Mesh:
         """The ranks that share this one's samples; None where it has them to itself."""
         return self.samples.get_group("sequence") if self.sequence > 1 else None
 
-    def weights(self, role: str) -> DeviceMesh:
+    def weights(self, role: str, *, partial_sums: bool = False) -> DeviceMesh:
         """The mesh `("replicate", "shard")` of a role's weights, `("shard",)` where there is one copy of them.
 
         In a single process it needs a group of one, which is made.
+
+        Args:
+            partial_sums: two dimensions in any case. FSDP2 then adds up the gradients of micro-batches in the dtype in which
+                they are sent, and otherwise in that of the weights, which may be a narrower one.
         """
         if self.world == 1:
             self.world_.form_group_of_one(self.device)
-        return self._copies_by_shard(self.shards(role))
+        return self._copies_by_shard(self.shards(role), partial_sums=partial_sums)
 
     def shards(self, role: str) -> int:
         """Ranks that hold one copy of a role's weights."""
         return self.arrangement.shards.get(role, 1)
 
-    def _copies_by_shard(self, shards: int) -> DeviceMesh:
-        if shards not in self._weights:
-            copies = self.world // shards
-            shape, names = ((copies, shards), ("replicate", "shard")) if copies > 1 else ((shards,), ("shard",))
-            self._weights[shards] = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
-        return self._weights[shards]
+    def _copies_by_shard(self, shards: int, *, partial_sums: bool) -> DeviceMesh:
+        copies = self.world // shards
+        both = copies > 1 or partial_sums
+        if (shards, both) not in self._weights:
+            shape, names = ((copies, shards), ("replicate", "shard")) if both else ((shards,), ("shard",))
+            self._weights[shards, both] = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        return self._weights[shards, both]
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all ranks, of any shape and dtype, on its device; nothing is read back, and `value` stays as it is."""

@@ -126,3 +126,13 @@ def test_links_are_counted_by_node():
     # Of the pairs in a group of 16, each rank has 7 in its node and 8 in the other.
     assert share_across(groups(32, 16), 8, ring=False) == pytest.approx(8 / 15)
     assert share_across([range(first, 64, 8) for first in range(8)], 8, ring=True) == 1.0
+
+
+@pytest.mark.parametrize(("dtype", "dimensions"), [("bf16", 2), ("fp32", 1)])
+def test_narrow_weights_have_wide_sums_of_gradients(tiny, dtype, dimensions):
+    """FSDP2 keeps sums over micro-batches in float32 where it may still have to reduce them over copies."""
+    policy = ("precision=bf16", f"models.generator.dtype={dtype}", "batch.global=16", "parallel.accumulate=sharded")
+    with fake_stage(tiny_stage(tiny, 8, policy), 8) as (built, _):
+        meshes = [getattr(p, "device_mesh", None) for p in built.modules["generator"].parameters()]
+        assert {mesh.ndim for mesh in meshes} == {dimensions}
+        assert {p.device_mesh.ndim for p in built.modules["real_score"].parameters()} == {1}
