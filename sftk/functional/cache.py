@@ -98,7 +98,7 @@ def append(cache: KVCache, kv: Sequence[LayerKV], positions: tuple[int, ...]) ->
 
     Args:
         cache: is not changed.
-        kv: what a model returned for these frames.
+        kv: what a model returned for these frames. What it wrote behind this cache (`LentKV`) is taken where it is.
         positions: absolute index of each frame.
 
     Raises:
@@ -108,10 +108,11 @@ def append(cache: KVCache, kv: Sequence[LayerKV], positions: tuple[int, ...]) ->
     """
     last = cache.chunks[-1] if cache.chunks else None
     room, count = None if last is None else last.room, len(positions)
-    in_place = isinstance(kv, LentKV) and kv.lies_behind(room, count)
-    if in_place and last is not None and room is not None and _fits(last, room, count):
+    lent = kv if isinstance(kv, LentKV) and kv.lies_behind(room, count) else None
+    if lent is not None and last is not None and room is not None and _fits(last, room, count):
         chunk = Chunk(layers=room.extend(count), positions=(*last.positions, *positions), room=room)
-        return dataclasses.replace(cache, chunks=(*cache.chunks[:-1], chunk))
+        text = lent.text if cache.text is None else cache.text
+        return dataclasses.replace(cache, chunks=(*cache.chunks[:-1], chunk), text=text)
     for k, *_ in kv[:1]:
         if not positions or k.shape[1] % len(positions):
             raise ShapeError(f"{k.shape[1]} tokens do not divide into {len(positions)} frames")
@@ -136,7 +137,7 @@ def _with(cache: KVCache, chunk: Chunk) -> tuple[Chunk, ...]:
         room = make_room(chunk.layers, count, cache.reserve)
         return (Chunk(layers=room.write(chunk.layers, count), positions=chunk.positions, room=room),)
     room = None if last is None else last.room
-    if last is None or room is None or not _fits(last, room, count):
+    if last is None or room is None or not (_fits(last, room, count) and room.takes(chunk.layers, count)):
         return (*cache.chunks, chunk)
     positions = (*last.positions, *chunk.positions)
     return (*cache.chunks[:-1], Chunk(layers=room.write(chunk.layers, count), positions=positions, room=room))
@@ -147,27 +148,31 @@ def _fits(chunk: Chunk, room: Room, count: int) -> bool:
     return room.filled == len(chunk.positions) and room.filled + count <= room.frames
 
 
-def free_space(cache: KVCache, count: int) -> FreeSpace | None:
+def free_space(cache: KVCache, count: int, *, batch: int, tokens: int, dtype: torch.dtype) -> FreeSpace | None:
     """Where a pass over `count` frames may write its keys and values, so that it attends to them and to the context as one.
 
     Nobody reads there but who wrote. So a pass without gradient joins no copies.
 
     Args:
         cache: all in one room, in full, with text.
+        batch, tokens, dtype: samples, tokens of a frame and dtype of the pass's keys and values.
 
     Returns:
-        None where there is no such space.
+        None where there is no such space, or what is cached is of another kind.
 
     Example:
         >>> kv = ((torch.zeros(1, 6, 2, 8), torch.zeros(1, 6, 2, 8), torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8)),)
         >>> cache = append(KVCache(reserve=6), kv, (0, 1, 2))
-        >>> free_space(cache, 3).layers[0][0].shape, free_space(cache, 4)
-        (torch.Size([1, 12, 2, 8]), None)
+        >>> free_space(cache, 3, batch=1, tokens=2, dtype=torch.float32).layers[0][0].shape
+        torch.Size([1, 12, 2, 8])
     """
     if len(cache.chunks) != 1 or cache.storage != "full" or cache.text is None:
         return None
     (chunk,) = cache.chunks
     if chunk.room is None or not _fits(chunk, chunk.room, count):
+        return None
+    alike = (batch, tokens * chunk.room.frames, dtype)
+    if any((base.shape[0], base.shape[1], base.dtype) != alike for base in tensors_of(chunk.room.layers)):
         return None
     return FreeSpace(room=chunk.room, count=count, layers=chunk.room.beyond(count))
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
-import attrs
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -18,7 +18,8 @@ TextKV = tuple[tuple[Tensor, Tensor], ...]
 """Text (k, v) of each layer, [B, T, H, D]."""
 
 
-@attrs.frozen(kw_only=True, eq=False)
+# A dataclass, so that torch.compile can trace its construction, as that of a cache.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class FreeSpace:
     """Space in a room for the frames of a pass, behind the cached ones.
 
@@ -47,25 +48,26 @@ class LentKV(Sequence[LayerKV]):
     """
 
     def __init__(self, space: FreeSpace, text: TextKV):
-        self.space, self.text = space, text
+        self.text = text
+        self._space: FreeSpace | None = space
         self._before = space.room.filled
-        self._kept: tuple[LayerKV, ...] | None = None
+        self._kept: tuple[LayerKV, ...] = ()
 
     def lies_behind(self, room: Room | None, count: int) -> bool:
         """Whether `count` frames lie uncopied behind what fills a room."""
         lent = None if room is None or room.lent is None else room.lent()
-        return lent is self and self._kept is None and count == self.space.count
+        return lent is self and self._space is not None and count == self._space.count
 
     def keep(self) -> tuple[LayerKV, ...]:
-        """As tensors of their own."""
-        if self._kept is None:
+        """As tensors of their own; the room is no longer held for them."""
+        if self._space is not None:
+            frames = self._before + self._space.count
 
             def own(values: Any) -> Tensor:
-                start = values.shape[1] // (self._before + self.space.count) * self._before
-                return values[:, start:].clone()
+                return values[:, values.shape[1] // frames * self._before :].clone()
 
-            pairs = zip(self.space.layers, self.text, strict=True)
-            self._kept = tuple((own(k), own(v), *text) for (k, v), text in pairs)
+            pairs = zip(self._space.layers, self.text, strict=True)
+            self._kept, self._space = tuple((own(k), own(v), *text) for (k, v), text in pairs), None
         return self._kept
 
     @overload
@@ -80,6 +82,9 @@ class LentKV(Sequence[LayerKV]):
 
     def __iter__(self) -> Iterator[LayerKV]:
         return iter(self.keep())
+
+    def __reduce__(self) -> tuple[type, tuple[tuple[LayerKV, ...]]]:
+        return tuple, (self.keep(),)
 
 
 pytree.register_pytree_node(LentKV, lambda kv: (list(kv), None), lambda values, _: tuple(values))

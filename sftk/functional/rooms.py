@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sftk.functional.packed import Packed
@@ -29,6 +30,15 @@ class Room:
     frames: int
     filled: int = 0
     lent: Callable[[], Any] | None = None
+
+    def takes(self, layers: tuple[CachedKV, ...], count: int) -> bool:
+        """Whether `count` frames of such keys and values can be written here as they are."""
+        bases, tensors = tensors_of(self.layers), tensors_of(layers)
+        return len(bases) == len(tensors) and all(
+            (base.shape[0], base.shape[2:], base.dtype, base.device, base.shape[1] * count)
+            == (tensor.shape[0], tensor.shape[2:], tensor.dtype, tensor.device, tensor.shape[1] * self.frames)
+            for base, tensor in zip(bases, tensors, strict=True)
+        )
 
     def write(self, layers: tuple[CachedKV, ...], count: int) -> tuple[CachedKV, ...]:
         """Writes `count` frames behind those that fill the room, and returns what fills it now, as views."""
@@ -54,6 +64,9 @@ class Room:
         lent, self.lent = self.lent and self.lent(), None
         if lent is not None:
             lent.keep()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "lent": None}  # a copy of a room has lent nothing
 
     def _first(self, layers: tuple[CachedKV, ...], frames: int) -> tuple[CachedKV, ...]:
         return each_of(layers, lambda base: base[:, : base.shape[1] // self.frames * frames])
@@ -81,7 +94,8 @@ def make_room(layers: tuple[CachedKV, ...], count: int, frames: int) -> Room:
         torch.Size([1, 24, 2, 8])
     """
     alike: dict[tuple[Any, ...], list[Tensor]] = {}
-    with _memory():
+    # Rooms that sampling in inference mode makes can be written to outside of it, too.
+    with torch.inference_mode(False), _memory():
         for tensor in tensors_of(layers):
             batch, tokens, *rest = tensor.shape
             made = alike.setdefault(_kind(tensor), [])

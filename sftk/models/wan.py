@@ -112,6 +112,7 @@ class WanModel(nn.Module):
 
         Returns:
             flow: [B, F, C, H, W], in the latents' dtype. kv: see `LayerKV`, for each layer; empty without a cache.
+            Without gradient it may lie behind the cache's (`LentKV`), and is copied when it is read.
             features: [B, tokens, width] each.
 
         Raises:
@@ -134,7 +135,7 @@ class WanModel(nn.Module):
         rope, past_rope = self._rope(latents, cache, positions, frames, height, width)
         mask = attention_mask(layout, height * width, latents.device, self.backend)
         own, cross = self._backends(mask, latents, frames * height * width, cache)
-        space = self._space(cache, frames, mask, past_rope) if reuse else None
+        space = self._space(cache, latents, height * width, mask, past_rope) if reuse else None
         past = () if cache is None else tuple(cache.parts(i) for i in range(len(self.blocks)))
         call = BlockCall(
             time=modulation,
@@ -184,33 +185,40 @@ class WanModel(nn.Module):
             raise ShapeError(f"a layout speaks of one pass's own frames; found one with a cache of {cache.frames} frames")
         return frames, height // config.patch_size[1], width // config.patch_size[2]
 
-    def _space(self, cache: KVCache | None, frames: int, mask: Mask, past_rope: Any) -> FreeSpace | None:
+    def _space(self, cache: KVCache | None, latents: Tensor, tokens: int, mask: Mask, past_rope: Any) -> FreeSpace | None:
         """Where a pass that nobody differentiates may write its keys and values, behind those in the cache."""
         differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0 or is_exact()
-        if cache is None or differentiated or mask is not None or past_rope is not None:
+        # Where somebody traces the model or maps it over samples, nothing is written to what is not the trace's own.
+        traced = torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None  # pyright: ignore
+        if cache is None or differentiated or traced or mask is not None or past_rope is not None:
             return None
-        return free_space(cache, frames)
+        batch, frames = latents.shape[:2]
+        return free_space(cache, frames, batch=batch, tokens=tokens, dtype=self._product_dtype(latents.device))
 
     def _backends(self, mask: Mask, latents: Tensor, tokens: int, cache: KVCache | None) -> tuple[Backend, Backend]:
         """Of self-attention and of cross-attention; settled here, so that no compiled block asks how many keys there are."""
         device = latents.device
         if device.type != "cuda":
             return self.backend, self.backend
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else self._dtype
+        dtype = self._product_dtype(device)
         keys = tokens + (0 if cache is None else cache.frames * tokens // max(latents.shape[1], 1))
         own = self.backend if mask is not None else settled(self.backend, tokens, keys, device, dtype)
         return own, settled(self.backend, tokens, self.config.text_len, device, dtype)
 
     def _ops(self, latents: Tensor, tokens: int) -> BlockOps:
         """What computes between the products of a pass: `ops` where it can, and where it pays."""
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else self._dtype
-        half = latents.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+        half = latents.device.type == "cuda" and self._product_dtype(latents.device) in (torch.bfloat16, torch.float16)
         able = half and not is_exact() and forward_ad._current_level < 0 and self.config.qk_norm and self.config.cross_attn_norm
         return self.ops if able and (tokens >= self.ops.worth or not rounds_as_with_gradient()) else PLAIN
 
     @property
     def _dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype
+
+    def _product_dtype(self, device: torch.device) -> torch.dtype:
+        """Of linear layers' outputs, and so of keys and values."""
+        cast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+        return torch.get_autocast_dtype(device.type) if cast else self._dtype
 
     def _patches(self, latents: Tensor) -> Tensor:
         _, ph, pw = self.config.patch_size

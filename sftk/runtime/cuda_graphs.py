@@ -106,6 +106,10 @@ class GraphedTrunk:
         self._text: tuple[TextKV, TextKV] | None = None
         self._pool: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy of the model: graphs stay behind, since they refer to addresses."""
+        return {**self.__dict__, "_graphs": OrderedDict(), "_inputs": {}, "_text": None, "_pool": None}
+
     def __call__(self, blocks: nn.ModuleList, x: Tensor, call: BlockCall, wanted: Collection[int] = ()) -> Passed:
         if not _replayable(x, call, wanted):
             return run_blocks(blocks, x, call, wanted)

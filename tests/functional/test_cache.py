@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 from sftk.errors import ShapeError
-from sftk.functional import Block, KVCache, append, start_cache, window
+from sftk.functional import Block, KVCache, append, forget_text, start_cache, window
 from sftk.functional.cache import detach, free_space, straight_through, take_rows
 
 TOKENS = 2
@@ -246,12 +249,18 @@ def test_what_carries_gradient_keeps_it():
     assert started.chunks[0].room is None
 
 
+def space_behind(cache, frames, **other):
+    return free_space(cache, frames, **{"batch": 2, "tokens": 2, "dtype": torch.float64, **other})
+
+
 def test_free_space_lies_behind_what_is_cached():
     caches = filled(KVCache(reserve=6), [2, 1])
-    assert free_space(caches[0], 1) is None
-    assert free_space(caches[1], 1) is None  # its room has gone on
-    assert free_space(caches[2], 4) is None
-    ((k, v),) = free_space(caches[2], 3).layers
+    assert space_behind(caches[0], 1) is None
+    assert space_behind(caches[1], 1) is None  # its room has gone on
+    assert space_behind(caches[2], 4) is None
+    for other in ({"batch": 1}, {"tokens": 1}, {"dtype": torch.float32}):
+        assert space_behind(caches[2], 3, **other) is None
+    ((k, v),) = space_behind(caches[2], 3).layers
     before = [tensor.clone() for tensor in caches[2].layer(0)]
     version = caches[2].layer(0)[0]._version
     for whole, own in ((k, before[0]), (v, before[1])):
@@ -266,7 +275,7 @@ def test_free_space_lies_behind_what_is_cached():
 
 def lent_after(cache, frames, value):
     """What a pass returns that wrote `value` into the space behind a cache."""
-    space = free_space(cache, frames)
+    space = space_behind(cache, frames)
     for whole in space.layers[0]:
         whole[:, -2 * frames :] = value
     return space.lend(cache.text)
@@ -302,10 +311,64 @@ def test_what_a_pass_wrote_is_cached_where_it_is():
     kv = lent_after(cache, 2, 2.0)
     longer = append(cache, kv, (2, 3))
     assert longer.chunks[0].layers[0][0].data_ptr() == cache.chunks[0].room.layers[0][0].data_ptr()
-    assert kv._kept is None  # nothing was copied
+    assert kv._space is not None  # nothing was copied
     assert values(kv) == {2.0}
     again = append(cache, kv, (2, 3))
     assert torch.equal(again.layer(0)[0], longer.layer(0)[0])
+
+
+def test_a_pass_that_is_cached_where_it_is_brings_its_text():
+    cache = filled(KVCache(reserve=6), [2])[-1]
+    kv = lent_after(cache, 2, 2.0)
+    longer = append(forget_text(cache), kv, (2, 3))
+    assert len(longer.chunks) == 1
+    assert longer.text is kv.text
+
+
+def test_a_copy_of_what_a_pass_wrote_holds_no_room():
+    cache = filled(KVCache(reserve=6), [2])[-1]
+    room, kv = weakref.ref(cache.chunks[0].room), lent_after(cache, 2, 2.0)
+    assert values(kv) == {2.0}
+    del cache
+    assert room() is None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_caches_and_what_passes_wrote_can_be_copied(copied):
+    cache = filled(KVCache(reserve=6), [2])[-1]
+    kv = lent_after(cache, 2, 2.0)
+    other_cache, other_kv = copied(cache), copied(kv)
+    lent_after(cache, 1, 3.0)
+    assert isinstance(other_kv, tuple)
+    assert values(other_kv) == {2.0}
+    for found, own in zip(append(other_cache, kv, (2, 3)).layer(0), append(cache, kv, (2, 3)).layer(0), strict=True):
+        assert torch.equal(found, own)
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:, : t.shape[1] // 2], lambda t: t[:1], lambda t: t.float()])
+def test_what_is_of_another_kind_has_a_chunk_of_its_own(change):
+    """Other tokens to a frame, other samples, another dtype: as without room."""
+    kv = tuple(tuple(change(tensor) for tensor in layer) for layer in drawn(2, 5))
+    cache = append(filled(KVCache(reserve=6), [2])[-1], kv, (2, 3))
+    assert len(cache.chunks) == 2
+    for found, own in zip(cache.chunks[1].layers[0], kv[0][:2], strict=True):
+        assert torch.equal(found, own)
+        assert found.dtype == own.dtype
+
+
+@torch.no_grad()
+def test_packed_values_that_would_carry_gradient_have_a_chunk_of_their_own():
+    cache = filled(KVCache(storage="int8", reserve=6), [2])[-1]
+    assert len(append(cache, drawn(2, 5, grad=True), (2, 3)).chunks) == 2
+
+
+def test_a_cache_of_inference_mode_goes_on_outside_of_it():
+    with torch.inference_mode():
+        cache = filled(KVCache(reserve=6), [2])[-1]
+    with torch.no_grad():
+        cache = append(cache, lent_after(cache, 2, 2.0), (2, 3))
+        cache = append(cache, drawn(1, 5), (4,))
+    assert (len(cache.chunks), cache.frames) == (1, 5)
 
 
 def test_windows_and_rows_of_a_cache_with_room_are_as_ever():

@@ -6,6 +6,7 @@ import torch
 from sftk.errors import ShapeError, SpecError
 from sftk.functional import KVCache, Layout, append, forget_text
 from sftk.functional.attention import UNMASKED, available_backends
+from sftk.functional.free_space import LentKV
 from sftk.models import PRESETS, WanConfig, WanModel, preset
 from sftk.models.config import HEAD_DIM
 from sftk.models.layers import sinusoidal_embedding
@@ -332,3 +333,65 @@ def test_time_and_space_have_bases_of_their_own():
     torch.testing.assert_close(angle[0, 1, time : time + height], 1e4 ** (-torch.arange(height, dtype=torch.float64) / height))
     assert not angle[1, 0, time:].any()
     assert not angle[0, 1, :time].any()
+
+
+@pytest.fixture
+def start(model, inputs):
+    """`start(reserve)`: a cache of one pass, with room for so many frames."""
+
+    def start(reserve=9, **changes):
+        kv = model(*inputs, cache=KVCache())[1]
+        return append(KVCache(reserve=reserve, **changes), tuple(tuple(t.detach() for t in layer) for layer in kv), (0, 1, 2))
+
+    return start
+
+
+def passes(model, inputs, start, **more):
+    """The same pass after a cache with room and after one without."""
+    found = [model(*inputs, cache=start(reserve), **more) for reserve in (9, 0)]
+    for one, other in zip(*(kv[0] for _, kv, _ in found), strict=True):
+        close(one, other)
+        assert one.dtype == other.dtype
+    close(found[0][0], found[1][0])
+    return found[0][1]
+
+
+@torch.no_grad()
+def test_a_pass_behind_its_cache_is_the_pass(model, inputs, start):
+    assert isinstance(passes(model, inputs, start), LentKV)
+
+
+@torch.no_grad()
+def test_a_pass_of_another_dtype_or_size_than_its_cache(model, make_model, inputs, start, randn):
+    """As without room: cached values are converted; frames of more tokens overwrite nothing."""
+    latents, timestep, embeds = inputs
+    cache = start()
+    before = cache.layer(0)[0].clone()
+    passes(model, (randn(2, 1, 4, 4, 12), timestep[:, :1], embeds), start)
+    model(randn(2, 1, 4, 4, 12), timestep[:, :1], embeds, cache=cache)
+    assert torch.equal(cache.layer(0)[0], before)
+    passes(make_model(torch.float32), (latents.float(), timestep.float(), embeds.float()), start)
+
+
+@torch.no_grad()
+def test_passes_under_autocast_write_behind_their_cache(make_model, inputs):
+    half, (latents, timestep, embeds) = make_model(torch.float32), inputs
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = append(KVCache(reserve=9), half(latents.float(), timestep, embeds.float(), cache=KVCache())[1], (0, 1, 2))
+        assert isinstance(half(latents.float(), timestep, embeds.float(), cache=cache)[1], LentKV)
+    assert not isinstance(half(latents.float(), timestep, embeds.float(), cache=cache)[1], LentKV)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:Dynamo detected a call to a")
+@torch.no_grad()
+def test_a_traced_pass_writes_nothing_behind_its_cache(model, inputs, start):
+    latents, timestep, embeds = inputs
+    caches = start(), start(0)
+
+    def flow(cache):
+        return torch.func.vmap(lambda x: model(x, timestep, embeds, cache=cache)[0])(torch.stack([latents, 2 * latents]))
+
+    close(*(flow(cache) for cache in caches))
+    torch._dynamo.reset()
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    close(*(whole(*inputs, cache=cache)[0] for cache in caches))
