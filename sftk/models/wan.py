@@ -129,20 +129,20 @@ class WanModel(nn.Module):
         time = upcast(time)
         if timestep.dim() == 1:
             time, modulation = time[:, None], modulation[:, None]
-        reuse = cache is not None and cache.text is not None and not torch.is_grad_enabled()
-        text = None if reuse else self._embed_text(prompt_embeds)
+        text_kv = None if cache is None or torch.is_grad_enabled() else cache.text
+        text = self._embed_text(prompt_embeds) if text_kv is None else None
 
         rope, past_rope = self._rope(latents, cache, positions, frames, height, width)
         mask = attention_mask(layout, height * width, latents.device, self.backend)
         own, cross = self._backends(mask, latents, frames * height * width, cache)
-        space = self._space(cache, latents, height * width, mask, past_rope) if reuse else None
+        space = self._space(cache, latents, height * width, mask, past_rope)
         past = () if cache is None else tuple(cache.parts(i) for i in range(len(self.blocks)))
         call = BlockCall(
             time=modulation,
             rope=rope,
             past_rope=past_rope,
             text=text,
-            text_kv=cache.text if reuse and cache is not None else None,
+            text_kv=text_kv,
             past=past if space is None else tuple((layer,) for layer in space.layers),
             joint=space is not None,
             mask=mask,
@@ -155,8 +155,8 @@ class WanModel(nn.Module):
         wanted = tuple(self._layer_index(i) for i in features_at)
         x, kv, hidden = self.trunk(self.blocks, x, call, wanted)
         features = {index: exchange.whole(found) for index, found in hidden.items()}
-        if space is not None and cache is not None and cache.text is not None:
-            kv = space.lend(cache.text)
+        if space is not None and text_kv is not None:
+            kv = space.lend(text_kv)
         flow = self._unpatch(exchange.whole(self.head(x, time, call.ops)), frames, height, width)
         return flow.to(latents.dtype), kv, tuple(features[index] for index in wanted)
 
