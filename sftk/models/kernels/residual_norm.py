@@ -19,17 +19,25 @@ PROGRAMS = 4
 
 
 @triton.jit
-def _forward(
-    x, y, gate, shift, scale, x_out, out, mean_out, rstd_out, tokens, eps, span,
-    width: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+def _frame(gate, scale, width: tl.constexpr, GATED: tl.constexpr, WIDTH: tl.constexpr):
+    """A program's frame, the channels and which of them are real, and what the norm and the residual are scaled by."""
     frame = tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, WIDTH)
     real, table = channel < width, frame * width + channel
     one = 1 + tl.load(scale + table, real, 0.0).to(tl.float32)
-    offset = tl.load(shift + table, real, 0.0).to(tl.float32)
+    factor = one
     if GATED:
         factor = tl.load(gate + table, real, 0.0).to(tl.float32)
+    return frame, channel, real, one, factor
+
+
+@triton.jit
+def _forward(
+    x, y, gate, shift, scale, x_out, out, mean_out, rstd_out, tokens, eps, span,
+    width: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    frame, channel, real, one, factor = _frame(gate, scale, width, GATED, WIDTH)
+    offset = tl.load(shift + (frame * width + channel), real, 0.0).to(tl.float32)
     first = tl.program_id(0) * span
     for place in range(first, tl.minimum(first + span, tokens)):
         row = frame * tokens + place
@@ -55,12 +63,7 @@ def _backward(
     grad_x, grad, x, y, gate, scale, mean, rstd, dx, dy, partial, tokens, span,
     width: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    frame = tl.program_id(1).to(tl.int64)
-    channel = tl.arange(0, WIDTH)
-    real, table = channel < width, frame * width + channel
-    one = 1 + tl.load(scale + table, real, 0.0).to(tl.float32)
-    if GATED:
-        factor = tl.load(gate + table, real, 0.0).to(tl.float32)
+    frame, channel, real, one, factor = _frame(gate, scale, width, GATED, WIDTH)
     d_shift = tl.zeros([WIDTH], tl.float32)
     d_scale = tl.zeros([WIDTH], tl.float32)
     d_gate = tl.zeros([WIDTH], tl.float32)
