@@ -102,8 +102,9 @@ def attention(
 ) -> None:
     """Measure attention at the shapes of RECIPE's student: each backend's TFLOP/s, and its error against float32."""
     from sftk.runtime.attention_choice import choose, save_choice
+    from sftk.runtime.attention_shapes import model_shapes
     from sftk.runtime.bench import write_json
-    from sftk.runtime.bench_attention import attention_lines, bench_attention, model_shapes
+    from sftk.runtime.bench_attention import attention_lines, bench_attention
     from sftk.runtime.device import pick_device, set_precision
     from sftk.runtime.sample_options import sampled_role
     from sftk.spec.recipe import load_recipe

@@ -9,7 +9,8 @@ import torch
 from sftk.functional.attention import available_backends
 from sftk.models.config import WanConfig
 from sftk.runtime.attention_choice import CACHE_VARIABLE, Choice, choose, find_choice, save_choice, use_choice
-from sftk.runtime.bench_attention import bench_attention, model_shapes
+from sftk.runtime.attention_shapes import model_shapes
+from sftk.runtime.bench_attention import bench_attention
 from sftk.runtime.device import Precision, set_precision
 from sftk.runtime.mesh import Mesh
 from sftk.spec.schema import LatentsSection

@@ -6,112 +6,25 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor
 
 import sftk
-from sftk.core.geometry import split_blocks
 from sftk.functional.attention import UNMASKED, Backend, attention, attention_mask, available_backends
 from sftk.functional.attention_spans import attention_by_spans, token_spans
-from sftk.functional.layout import Layout
 from sftk.functional.meta_attention import BACKWARD_OP, FORWARD_OP, attention_flops
-from sftk.models.config import WanConfig
-from sftk.runtime.attention_choice import LAYOUT, SPANS
+from sftk.runtime.attention_choice import SPANS
+from sftk.runtime.attention_errors import Attend, reference, relative_errors
+from sftk.runtime.attention_shapes import Heads, Shape
 from sftk.runtime.bench_device import device_facts
 from sftk.runtime.bench_measure import measure
-from sftk.runtime.device import Precision
-from sftk.spec.schema import LatentsSection
 
-CHUNK = 512
-"""Queries of one step of the reference: it holds their scores with all keys in float32."""
 QUEUED = 10
 """Calls that are timed together on a GPU, so that it never waits for the host."""
 MOST_EXACT = 4096
 """Tokens of the shape at which errors are found; those of the real one's size have the same causes and take minutes."""
 MOST_SCORES = 2**31
 """Bytes of scores from which `math`, which holds them all, is left out."""
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@attrs.frozen(kw_only=True)
-class Shape:
-    """A shape at which a model calls attention.
-
-    Args:
-        name: `full`, `cached <blocks of context>`, `block_causal`, `cross` or `cross block`.
-        queries, keys: tokens. layout: who sees whom, or None for all. tokens_per_frame: of the layout's frames.
-    """
-
-    name: str
-    queries: int
-    keys: int
-    layout: Layout | None = None
-    tokens_per_frame: int = 1
-
-    @property
-    def pairs(self) -> int:
-        """Pairs of a query and a key that see each other."""
-        if self.layout is None:
-            return self.queries * self.keys
-        return int(self.layout.frame_mask().sum()) * self.tokens_per_frame**2
-
-    def shrunk(self, most: int) -> Shape:
-        """The same with at most so many queries and keys; of a layout, with fewer tokens in a frame.
-
-        Example:
-            >>> Shape(name="cross", queries=9, keys=5).shrunk(6).queries
-            6
-        """
-        if self.layout is None:
-            return attrs.evolve(self, queries=min(self.queries, most), keys=min(self.keys, most))
-        tokens = max(1, min(self.tokens_per_frame, most // self.layout.frames))
-        count = tokens * self.layout.frames
-        return attrs.evolve(self, queries=count, keys=count, tokens_per_frame=tokens)
-
-
-@attrs.frozen(kw_only=True)
-class Heads:
-    """What all shapes of a model share."""
-
-    batch: int
-    heads: int
-    head_dim: int
-    dtype: torch.dtype
-
-
-def model_shapes(
-    config: WanConfig, latents: LatentsSection, *, batch: int, precision: Precision, frames_per_block: int = 3
-) -> tuple[Heads, tuple[Shape, ...]]:
-    """The shapes of a model's attention: one pass over all frames, blocks after any context, block-causal, and the text from
-    all frames and from a block.
-
-    Example:
-        >>> from sftk.models import preset
-        >>> latents = LatentsSection(frames=6, channels=4, height=8, width=8)
-        >>> heads, shapes = model_shapes(preset("digits"), latents, batch=1, precision="bf16")
-        >>> [(shape.name, shape.queries, shape.keys) for shape in shapes][:3]
-        [('full', 96, 96), ('cached 0', 48, 48), ('cached 1', 48, 96)]
-    """
-    _, rows, columns = config.patch_size
-    tokens, frames = latents.height // rows * (latents.width // columns), latents.frames
-    blocks = split_blocks(frames, frames_per_block, False)
-    layout = Layout(kind="block_causal", blocks=blocks)
-    cached = [
-        Shape(name=f"cached {index}", queries=length * tokens, keys=sum(blocks[: index + 1]) * tokens)
-        for index, length in enumerate(blocks)
-    ]
-    everything = frames * tokens
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    heads = Heads(batch=batch, heads=config.num_heads, head_dim=config.head_dim, dtype=dtype)
-    return heads, (
-        Shape(name="full", queries=everything, keys=everything),
-        *cached,
-        Shape(name=LAYOUT, queries=everything, keys=everything, layout=layout, tokens_per_frame=tokens),
-        Shape(name="cross", queries=everything, keys=config.text_len),
-        Shape(name="cross block", queries=blocks[-1] * tokens, keys=config.text_len),
-    )
 
 
 def candidates(shape: Shape, heads: Heads, device: torch.device) -> dict[str, Attend]:
@@ -143,36 +56,6 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, *, backend: Backend) -> Tensor:
 def _masked(q: Tensor, k: Tensor, v: Tensor, *, shape: Shape, device: torch.device, backend: Backend) -> Tensor:
     mask = attention_mask(shape.layout, shape.tokens_per_frame, device, backend)
     return attention(q, k, v, mask=mask, backend=backend)
-
-
-def reference(
-    q: Tensor, k: Tensor, v: Tensor, cotangent: Tensor, shape: Shape, chunk: int = CHUNK
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attention and its gradients in float32 (or float64), some queries at a time.
-
-    Args:
-        q: [B, Lq, H, D]; k, v: [B, Lk, H, D]. cotangent: [B, Lq, H, D], of the output.
-
-    Returns:
-        Output and gradients of q, k and v.
-    """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q, k, v, cotangent = (x.detach().to(wide) for x in (q, k, v, cotangent))
-    k, v = k.requires_grad_(), v.requires_grad_()
-    seen = None if shape.layout is None else shape.layout.frame_mask(q.device)
-    frame = torch.arange(k.shape[1], device=q.device) // shape.tokens_per_frame
-    outs, grads = [], []
-    for start in range(0, q.shape[1], chunk):
-        part = q[:, start : start + chunk].clone().requires_grad_()
-        scores = torch.einsum("bqhd,bkhd->bhqk", part, k) / q.shape[-1] ** 0.5
-        if seen is not None:
-            scores = scores.masked_fill(~seen[frame[start : start + chunk]][:, frame], float("-inf"))
-        out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
-        out.backward(cotangent[:, start : start + chunk])
-        outs.append(out.detach())
-        grads.append(part.grad)
-    assert k.grad is not None and v.grad is not None
-    return torch.cat(outs, 1), torch.cat(grads, 1), k.grad, v.grad
 
 
 def bench_attention(
@@ -222,23 +105,11 @@ def _rows(heads: Heads, shape: Shape, device: torch.device, repeats: int) -> Ite
     for name, attend in candidates(shape, heads, device).items():
         row: dict[str, Any] = {"shape": shape.name, "queries": shape.queries, "keys": shape.keys, "backend": name}
         try:
-            row["errors"] = _errors(on_trial[name], trial, expected)
+            row["errors"] = relative_errors(on_trial[name], trial, expected)
             row |= _measured(attend, real, (forward, forward + backward), device, repeats)
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         yield row
-
-
-def _errors(attend: Attend, inputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> dict[str, float]:
-    """Relative errors of the output, the larger of that with and that without gradient, and of the gradients."""
-    *given, cotangent = inputs
-    leaves = [x.detach().clone().requires_grad_() for x in given]
-    out = attend(*leaves)
-    found = (out, *torch.autograd.grad(out, leaves, cotangent))
-    errors = {name: relative_error(x, exact) for name, x, exact in zip(("out", "q", "k", "v"), found, expected, strict=True)}
-    with torch.no_grad():
-        without = relative_error(attend(*leaves), expected[0])
-    return errors | {"out": max(errors["out"], without)}
 
 
 def _measured(
@@ -269,16 +140,6 @@ def _measured(
             "allocated": None if measured.allocated is None else measured.allocated - (measured.held or 0),
         }
     return row
-
-
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    """Norm of the difference over the norm of what is exact.
-
-    Example:
-        >>> relative_error(torch.tensor([1.5]), torch.tensor([1.0]))
-        0.5
-    """
-    return float((found.detach().to(exact.dtype) - exact).norm() / exact.norm())
 
 
 def attention_lines(report: dict[str, Any]) -> Iterator[str]:

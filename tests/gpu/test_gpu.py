@@ -12,7 +12,8 @@ from sftk.models import WanConfig, WanModel
 from sftk.models.linear_gelu import linear_gelu
 from sftk.models.text import load_text_encoder
 from sftk.models.vae import WanVae, decode, decode_block
-from sftk.runtime.bench_attention import Heads, Shape, bench_attention
+from sftk.runtime.attention_shapes import Heads, Shape
+from sftk.runtime.bench_attention import bench_attention
 from sftk.runtime.parallelize import parallelize
 from sftk.runtime.run import run_recipe
 

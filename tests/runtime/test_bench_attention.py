@@ -21,16 +21,9 @@ from sftk.models import preset
 from sftk.runtime import attention_auto, attention_choice
 from sftk.runtime.attention_auto import settle_attention
 from sftk.runtime.attention_choice import Choice, choice_file, choose, find_choice, save_choice, use_choice
-from sftk.runtime.bench_attention import (
-    MOST_EXACT,
-    Heads,
-    Shape,
-    _errors,
-    attention_lines,
-    bench_attention,
-    model_shapes,
-    reference,
-)
+from sftk.runtime.attention_errors import reference, relative_errors
+from sftk.runtime.attention_shapes import Heads, Shape, model_shapes
+from sftk.runtime.bench_attention import MOST_EXACT, attention_lines, bench_attention
 from sftk.runtime.device import set_precision
 from sftk.spec.recipe import load_recipe
 from sftk.spec.schema import LatentsSection
@@ -194,7 +187,7 @@ def test_what_is_measured_without_gradient_is_exact_there_too():
     def attend(q, k, v):
         return attention(q, k, v) * (1.0 if torch.is_grad_enabled() else 1.5)
 
-    errors = _errors(attend, trial, reference(*trial, shape))
+    errors = relative_errors(attend, trial, reference(*trial, shape))
     assert errors["out"] == pytest.approx(0.5)
     assert max(errors[name] for name in "qkv") < 1e-5
 
