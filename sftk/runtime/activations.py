@@ -1,18 +1,18 @@
-"""Activation checkpoints: a block runs again in the backward pass, wholly or all but its attention."""
+"""Activation checkpoints: a block runs again in the backward pass, wholly or all but what costs most."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from sftk.functional.attention import attention_operators, is_exact, recompute_contexts
-
-Checkpoint = Literal["none", "full", "selective"]
+from sftk.models.products import narrows, product_operators
+from sftk.spec.schema import Checkpoint
 
 # Under compilation, PyTorch says that nothing may be changed in place between the two passes; nothing here is.
 logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn is passed" not in record.getMessage())
@@ -46,6 +46,21 @@ def selectively_checkpointed(block: Callable[..., Any], *args: Any, **kwargs: An
     return _checkpoint(block, _keep_costly, args, kwargs)
 
 
+def products_checkpointed(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a block that keeps, besides its inputs, what every linear layer and attention returned: none of them runs again.
+
+    Norms, modulation, rotation, activations and gated residuals do. So does unfused attention, whose scores of all pairs of
+    tokens would take more memory than all else.
+
+    Source: as for `selectively_checkpointed`; which operators are linear layers, `sftk.models.products` says.
+
+    Example:
+        >>> products_checkpointed(torch.sin, torch.zeros(1, requires_grad=True)).requires_grad
+        True
+    """
+    return _checkpoint(block, _keep_products, args, kwargs)
+
+
 def checkpoint_function(kind: Checkpoint) -> Callable[..., Any] | None:
     """What calls a block under a kind of checkpoint; None calls it as it is.
 
@@ -53,7 +68,7 @@ def checkpoint_function(kind: Checkpoint) -> Callable[..., Any] | None:
         >>> checkpoint_function("full") is checkpointed
         True
     """
-    return {"none": None, "full": checkpointed, "selective": selectively_checkpointed}[kind]
+    return _FUNCTIONS[kind]
 
 
 def _checkpoint(block: Callable[..., Any], contexts: Callable[[], Any] | None, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -65,13 +80,29 @@ def _checkpoint(block: Callable[..., Any], contexts: Callable[[], Any] | None, a
     return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **extra, **kwargs)
 
 
-def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = op in attention_operators() or (op in _LINEAR and args[-1].shape[0] > args[-1].shape[1])
+def _costly(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return _kept(op in attention_operators() or narrows(op, args))
+
+
+def _product(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return _kept(op in attention_operators() or op in product_operators())
+
+
+def _kept(keep: bool) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_LINEAR = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-
-
 def _keep_costly() -> tuple[Any, Any]:
-    return create_selective_checkpoint_contexts(_policy)
+    return create_selective_checkpoint_contexts(_costly)
+
+
+def _keep_products() -> tuple[Any, Any]:
+    return create_selective_checkpoint_contexts(_product)
+
+
+_FUNCTIONS: Mapping[Checkpoint, Callable[..., Any] | None] = {
+    "none": None,
+    "full": checkpointed,
+    "selective": selectively_checkpointed,
+    "products": products_checkpointed,
+}

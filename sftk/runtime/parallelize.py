@@ -44,7 +44,7 @@ def parallelize(
         model: a backbone has `blocks`, a `ModuleList`; of a module without any only the whole is sharded. It may be on the
             meta device.
         checkpoint: `full` recomputes each block in the backward pass instead of keeping its activations, `selective` all of
-            it but attention and linear layers that narrow.
+            it but attention and linear layers that narrow, `products` all of it but attention and linear layers.
         compile_blocks: compile each block with `torch.compile`.
         sharding: None leaves the weights whole.
 

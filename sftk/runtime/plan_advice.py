@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
 import attrs
 
@@ -13,10 +14,12 @@ from sftk.runtime.plan_layout import Plan
 from sftk.runtime.plan_rates import GIB
 from sftk.spec.arrangement import sequence_problems
 from sftk.spec.recipe import Stage
-from sftk.spec.schema import Recipe
+from sftk.spec.schema import Checkpoint, Recipe
 
 MOST = (2, 4, 8, 16, 32, 64)
 """Numbers of GPUs that are tried."""
+LEANER: tuple[Checkpoint, ...] = ("none", "products", "selective", "full")
+"""Activation checkpoints from the one that keeps most to the one that computes most again."""
 WORTH = 0.05
 """Share of the peak from which a context, a codec or a text encoder is worth a remark."""
 _LEAVE = {
@@ -27,11 +30,12 @@ _LEAVE = {
 
 @attrs.frozen(kw_only=True)
 class Change:
-    """A change of settings: roles to checkpoint or hold in bf16, phases to replay, 8-bit optimisers, weights sharded over all
-    GPUs, and how many of these share a sample."""
+    """A change of settings: roles to checkpoint (and how) or to hold in bf16, phases to replay, 8-bit optimisers, weights
+    sharded over all GPUs, and how many of these share a sample."""
 
     text: str = ""
     checkpoint: tuple[str, ...] = ()
+    kind: Checkpoint = "full"
     half: tuple[str, ...] = ()
     replay: tuple[str, ...] = ()
     eight_bit: bool = False
@@ -43,7 +47,7 @@ class Change:
         recipe = stage.recipe
         models = dict(recipe.models)
         for role in self.checkpoint:
-            models[role] = attrs.evolve(models[role], checkpoint="full")
+            models[role] = attrs.evolve(models[role], checkpoint=self.kind)
         for role in self.half:
             models[role] = attrs.evolve(models[role], dtype="bf16")
         phases = tuple(attrs.evolve(p, backward="replay") if p.name in self.replay else p for p in recipe.phases)
@@ -63,6 +67,8 @@ class Change:
 def advise(stage: Stage, plan: Plan, try_: Callable[[Stage, int], Plan]) -> tuple[str, ...]:
     """What would make a plan fit: each change alone, else all of them, else on more GPUs; and where a window would help.
 
+    Of the checkpoints alone it is the one that computes least again; together with others, `full`.
+
     Args:
         stage: as planned. plan: does not fit. try_: plans a stage on so many GPUs.
     """
@@ -74,7 +80,11 @@ def advise(stage: Stage, plan: Plan, try_: Callable[[Stage, int], Plan]) -> tupl
         except SpecError:  # groups of so many ranks, or weights that a graph needs whole
             return float("inf")
 
-    found = [f"{change.text} would make it fit" for change in options if peak(change, plan.gpus) <= plan.budget]
+    def fitting(changes: Iterable[Change]) -> Iterator[Change]:
+        return (change for change in changes if peak(change, plan.gpus) <= plan.budget)
+
+    alone = [*islice(fitting(_checkpoints(recipe)), 1), *fitting(change for change in options if not change.checkpoint)]
+    found = [f"{change.text} would make it fit" for change in alone]
     if not found:
         together = " and ".join(change.text for change in options)
         everything = _together(options)
@@ -96,15 +106,12 @@ def _is_large(held: Held, plan: Plan) -> bool:
 
 def _changes(stage: Stage, plan: Plan) -> list[Change]:
     recipe = stage.recipe
-    trained = {role for phase in recipe.phases for role in phase.roles}
+    trained = _trained(recipe)
     backbones = {role: model for role, model in recipe.models.items() if model.size is not None}
-    wasteful = tuple(role for role, model in backbones.items() if role in trained and model.checkpoint == "none")
     frozen = tuple(role for role, model in backbones.items() if role not in trained and model.dtype == "fp32")
     kept = tuple(p.name for p in recipe.phases if p.backward == "graph" and is_replayable(stage.graphs[p.name]))
     wide = tuple(role for role, section in recipe.optimizers.items() if section.use != "adamw_8bit")
-    options = []
-    if wasteful:
-        options.append(Change(text="checkpoint: full on " + ", ".join(wasteful), checkpoint=wasteful))
+    options = _checkpoints(recipe)[-1:]
     if kept:
         options.append(Change(text="backward: replay in " + ", ".join(kept), replay=kept))
     if frozen:
@@ -114,6 +121,21 @@ def _changes(stage: Stage, plan: Plan) -> list[Change]:
     if any(role.shards < plan.gpus for role in plan.roles.values()):
         options.append(Change(text=f"sharding over the {plan.gpus} GPUs (parallel.shard=all)", shard=True))
     return options
+
+
+def _checkpoints(recipe: Recipe) -> list[Change]:
+    """Leaner checkpoints of what is trained, from the one that keeps most on; the last is `full`."""
+    models = {role: model for role, model in recipe.models.items() if role in _trained(recipe) and model.size is not None}
+    options = []
+    for index, kind in enumerate(LEANER):
+        wasteful = tuple(role for role, model in models.items() if LEANER.index(model.checkpoint) < index)
+        if wasteful:
+            options.append(Change(text=f"checkpoint: {kind} on " + ", ".join(wasteful), checkpoint=wasteful, kind=kind))
+    return options
+
+
+def _trained(recipe: Recipe) -> set[str]:
+    return {role for phase in recipe.phases for role in phase.roles}
 
 
 def _together(options: list[Change]) -> Change:

@@ -16,6 +16,9 @@ from sftk.spec.parallel import ModelParallel, ParallelSection
 from sftk.spec.sampling import SampleSection
 from sftk.spec.validators import above, at_least, plain_name, within
 
+Checkpoint = Literal["none", "full", "selective", "products"]
+"""What a block keeps for its backward pass, see `sftk.runtime.activations`."""
+
 AUTO = "auto"
 """The size of a model that is read from its weights."""
 
@@ -77,7 +80,7 @@ class ModelSection:
     builtin: str | None = None
     codec: Choice | None = None
     backend: Backend = "auto"
-    checkpoint: Literal["none", "full", "selective"] = "none"
+    checkpoint: Checkpoint = "none"
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
     half_copy: bool = False
     lowp: ModelLowp = attrs.field(factory=ModelLowp)

@@ -13,7 +13,7 @@ from sftk.errors import SpecError
 from sftk.functional import flash as module
 from sftk.functional.attention import attention
 from sftk.functional.flash import flash, flash_backward
-from sftk.runtime.activations import checkpointed, selectively_checkpointed
+from sftk.runtime.activations import checkpointed, products_checkpointed, selectively_checkpointed
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -50,7 +50,7 @@ def test_gradients_are_those_of_attention():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("through", "times"), [(checkpointed, 2), (selectively_checkpointed, 1)])
+@pytest.mark.parametrize(("through", "times"), [(checkpointed, 2), (selectively_checkpointed, 1), (products_checkpointed, 1)])
 def test_checkpoints_know_it(kernels, through, times, compiled):
     torch._dynamo.reset()
 

@@ -67,7 +67,7 @@ def test_replayed_rollouts_are_the_rollouts(compiled, batch):
                     parameter.mul_(1.0 + 0.1 * turn)
 
 
-@pytest.mark.parametrize("kind", ["none", "selective"])
+@pytest.mark.parametrize("kind", ["none", "selective", "products"])
 def test_training_replays_what_has_no_gradient(kind):
     plain, replaying = pair(True, kind)
     before = captured_graphs()

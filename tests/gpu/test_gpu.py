@@ -1,6 +1,7 @@
 """What only a CUDA device can show: FlexAttention's kernels, compiled blocks and segments, delayed metrics, a whole run."""
 
 import json
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from sftk.models import WanConfig, WanModel
 from sftk.models.linear_gelu import linear_gelu
 from sftk.models.text import load_text_encoder
 from sftk.models.vae import WanVae, decode, decode_block
+from sftk.runtime.activations import Checkpoint
 from sftk.runtime.attention_shapes import Heads, Shape
 from sftk.runtime.bench_attention import bench_attention
 from sftk.runtime.parallelize import parallelize
@@ -135,7 +137,7 @@ def test_a_linear_layer_and_its_activation_in_one_kernel(compiled):
     assert grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("kind", ["full", "selective"])
+@pytest.mark.parametrize("kind", [kind for kind in get_args(Checkpoint) if kind != "none"])
 def test_compiled_blocks_with_flash_attention(kind):
     """No block runs eagerly, and gradients are those of the uncompiled model to rounding."""
     if "flash" not in available_backends():
@@ -159,7 +161,7 @@ def test_compiled_blocks_with_flash_attention(kind):
         assert (ours - exact).float().norm() / exact.float().norm() < 3e-2
 
 
-@pytest.mark.parametrize("checkpoint", ["none", "full", "selective"])
+@pytest.mark.parametrize("checkpoint", get_args(Checkpoint))
 def test_second_derivatives_through_flex_and_compiled_blocks(checkpoint):
     """The recomputation of a checkpoint runs in one of autograd's own threads."""
     x, t, text = torch.randn(1, 6, 16, 8, 12), torch.rand(1, 6) * 1000, torch.randn(1, 8, 32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from sftk.core.replay import replayed
 from sftk.functional.attention import available_backends
 from sftk.functional.keys import Key
 from sftk.models import WanConfig, WanModel
+from sftk.runtime.activations import Checkpoint
 from sftk.runtime.bench_cases import randomise_zeros
 from sftk.runtime.parallelize import parallelize
 from sftk.runtime.port import Port
@@ -49,5 +51,6 @@ def test_every_kind_of_checkpoint_has_the_same_gradients(backend):
 
     runs = [gradients("none") for _ in range(4)]
     noise = max((run - runs[0]).norm() for run in runs)
-    for kind in ({"checkpoint": "full"}, {"checkpoint": "selective"}, {"checkpoint": "none", "replay": True}):
+    kinds = [{"checkpoint": kind} for kind in get_args(Checkpoint) if kind != "none"]
+    for kind in (*kinds, {"checkpoint": "none", "replay": True}):
         assert (gradients(**kind) - runs[0]).norm() <= 2 * noise + 1e-6 * runs[0].norm(), kind

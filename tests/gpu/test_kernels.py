@@ -41,7 +41,7 @@ def test_equals_the_layers_in_float32(name):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("checkpoint", ["none", "selective"])
+@pytest.mark.parametrize("checkpoint", ["none", "selective", "products"])
 def test_a_backbone_with_the_kernels(monkeypatch, compiled, checkpoint):
     """Flow and gradients in bf16 are as close to float32 as those without the kernels."""
     monkeypatch.setattr(TritonOps, "worth", 0)

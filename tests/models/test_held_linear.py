@@ -73,7 +73,7 @@ def test_weights_that_are_swapped_in_are_followed(models):
     assert next(layer for layer in held.modules() if isinstance(layer, HalfLinear)).held[0] is kept  # in place
 
 
-@pytest.mark.parametrize("checkpoint", ["none", "selective"])
+@pytest.mark.parametrize("checkpoint", ["none", "selective", "products"])
 def test_blocks_compile(models, checkpoint):
     torch._dynamo.reset()
     plain, held = models

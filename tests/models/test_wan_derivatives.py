@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import attrs
 import pytest
 import torch
@@ -10,6 +12,7 @@ from sftk.functional import Layout, attention, exact_derivatives
 from sftk.functional.attention import attention_mask
 from sftk.functional.attention_spans import Spans
 from sftk.models import preset
+from sftk.runtime.activations import Checkpoint
 from sftk.runtime.parallelize import parallelize
 
 FRAMES = 3
@@ -103,7 +106,7 @@ def test_fused_attention_alone_has_no_second_derivative(digits, randn):
         torch.autograd.grad(grad.square().sum(), latents)
 
 
-@pytest.mark.parametrize("checkpoint", ["none", "full", "selective"])
+@pytest.mark.parametrize("checkpoint", get_args(Checkpoint))
 def test_compiled_and_checkpointed_blocks(digits, randn, checkpoint):
     """The derivatives are those of the plain model, the backward pass may come later, and compilation comes back."""
     plain, wrapped = digits(), parallelize(digits(), checkpoint=checkpoint)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from typing import get_args
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from sftk.core import Graph
 from sftk.functional import Key
 from sftk.functional.attention import attention_operators
 from sftk.models import WanModel
+from sftk.models.products import product_operators
+from sftk.runtime.activations import Checkpoint
 from sftk.runtime.parallelize import RECOMPILE_LIMIT, limit_recompiles, parallelize
 
 
@@ -40,7 +44,7 @@ def dynamo():
     torch._dynamo.reset()
 
 
-KINDS = pytest.mark.parametrize("kind", ["full", "selective"])
+KINDS = pytest.mark.parametrize("kind", [kind for kind in get_args(Checkpoint) if kind != "none"])
 
 
 @KINDS
@@ -63,38 +67,53 @@ def test_checkpointing_recomputes(make_model, kind):
     assert len(calls) == 2
 
 
-class Attentions(TorchDispatchMode):
-    """How often attention was computed."""
+class Operators(TorchDispatchMode):
+    """How often each operator ran."""
 
-    count = 0
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func in attention_operators()
+        self.counts[func] += 1
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("kind", "times"), [("none", 1), ("selective", 1), ("full", 2)])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_selective_checkpoints_compute_attention_once(make_model, dynamo, kind, times, compiled):
-    model = parallelize(make_model(), checkpoint=kind)
-    graphs = []
+def counted(model, compiled):
+    """How often attention, products and roots of RMS norms were computed in a step: in all, or in the graphs of a block."""
+    graphs = Counter()
 
     def count(graph, example):
-        # What is computed again is an argument of an operator that sets random numbers back.
-        named = [{node.target, *(arg for arg in node.args if callable(arg))} for node in graph.graph.nodes]
-        graphs.append(sum(bool(names & attention_operators()) for names in named))
+        for node in graph.graph.nodes:
+            # What is computed again is an argument of an operator that sets random numbers back.
+            graphs.update({node.target, *(arg for arg in node.args if callable(arg))})
         return make_boxed_func(graph.forward)
 
     if compiled:
         backend = aot_autograd(fw_compiler=count, partition_fn=min_cut_rematerialization_partition)
         for block in model.blocks:
-            block.compile(backend=backend)
+            block.compile(backend=backend)  # one graph serves all blocks
         call(model)
-        assert sum(graphs) == times * 2  # self-attention and cross-attention; one graph serves all blocks
-        return
-    with Attentions() as found:
-        call(model)
-    assert found.count == times * 2 * len(model.blocks)
+    else:
+        with Operators() as found:
+            call(model)
+        graphs = found.counts
+    kinds = (attention_operators(), product_operators(), {torch.ops.aten.rsqrt.default})
+    return [sum(graphs[operator] for operator in kind) for kind in kinds]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "attentions", "products"), [("selective", 1, 9), ("full", 2, 10), ("products", 1, 0)]
+)  # self- and cross-attention have four products each, a feed-forward layer two
+def test_what_is_computed_again(make_model, dynamo, kind, attentions, products, compiled):
+    plain, model = make_model(), parallelize(make_model(), checkpoint=kind)
+    times = 1 if compiled else len(model.blocks)
+    (attention, product, roots), (again, product_again, roots_again) = counted(plain, compiled), counted(model, compiled)
+    assert attention == 2 * times
+    assert again == attentions * 2 * times
+    assert roots_again == roots + 4 * times
+    assert product_again == product + products * times
 
 
 @KINDS
