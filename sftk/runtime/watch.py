@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch.distributed as dist
+
 EARLY = 0.9
 """Share of the time limit after which a process says where it is: NCCL ends it when the limit is reached."""
 
-LOST = ("timed out", "timeout", "connection closed", "connection reset", "connection refused", "broken pipe", "socket")
-"""What errors of gloo, NCCL and the store say when another process is gone or does not answer."""
+_GLOO = re.compile(r"\[\S*gloo/transport/\S+:\d+\] ")
+"""How errors of gloo's connections begin, which have no type of their own: with the place in its source that raised them."""
+_OWN = re.compile(r"\bnccl(UnhandledCudaError|InvalidArgument|InvalidUsage)\b")
+"""Results that NCCL returns for what this process did itself; any other means that the network or another rank failed."""
 
 
 class Watch:
@@ -21,9 +26,9 @@ class Watch:
     Example:
         >>> watch = Watch("rank 0")
         >>> watch.at("step 3, phase 'critic'")
-        >>> watch.explain(RuntimeError("Timed out waiting 2000ms for recv operation to complete"))
-        "rank 0 waited for another rank in step 3, phase 'critic': Timed out waiting 2000ms for recv operation to complete"
-        >>> watch.explain(RuntimeError("shapes do not fit")) is None
+        >>> watch.explain(dist.DistStoreError("wait timeout after 2000ms, keys: /here"))
+        "rank 0 waited for another rank in step 3, phase 'critic': wait timeout after 2000ms, keys: /here"
+        >>> watch.explain(RuntimeError("the reward's server: socket timed out")) is None
         True
     """
 
@@ -36,10 +41,10 @@ class Watch:
         self._place, self._since, self._said = place, time.monotonic(), False
 
     def explain(self, error: Exception) -> str | None:
-        """What an error means when it comes from a collective; None for any other."""
-        text = str(error)
-        lost = any(word in text.lower() for word in LOST)
-        return f"{self.who} waited for another rank in {self._place}: {text.splitlines()[0]}" if lost else None
+        """What an error of a collective or of the store means when another process is gone or does not answer; else None."""
+        if not _lost(error):
+            return None
+        return f"{self.who} waited for another rank in {self._place}: {(str(error).splitlines() or [type(error).__name__])[0]}"
 
     @contextmanager
     def watching(self, seconds: float) -> Iterator[None]:
@@ -60,3 +65,9 @@ class Watch:
         finally:
             done.set()
             thread.join()
+
+
+def _lost(error: Exception) -> bool:
+    if isinstance(error, dist.DistBackendError):
+        return _OWN.search(str(error)) is None
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and _GLOO.match(str(error)) is not None)
