@@ -15,14 +15,11 @@ MULTIPLE = 16
 def fp8_linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` with both factors in fp8: each token and each row of the weight has a scale of its own.
 
-    On a CUDA device it is one product in fp8, summed up in float32 (from compute capability 8.9 on). Elsewhere it is a
-    reference: the factors are rounded to fp8 and multiplied as they then are.
-
     Args:
         x: [..., K]. weight: [N, K], from `pack(weight, "fp8")`. bias: [N].
 
     Returns:
-        [..., N], bfloat16 on a CUDA device, else of the scale's dtype. It carries no gradient to the weight.
+        [..., N], of `fp8_product`'s dtype. It carries no gradient to the weight.
 
     Source: row-wise scaling, arXiv 2209.05433, section 3; PyTorch's scaled products.
 
@@ -32,17 +29,38 @@ def fp8_linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
         tensor([4.])
     """
     rows = pack(x.reshape(-1, x.shape[-1]).detach(), "fp8")
-    if x.device.type != "cuda":
-        found = F.linear(unpack(rows), unpack(weight), None if bias is None else bias.to(weight.scale.dtype))
-    else:
-        # Fast accumulation keeps sums in the tensor cores; it is what makes fp8 faster than bf16 on Hopper.
-        found = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-            rows.codes,
-            weight.codes.t(),
-            scale_a=rows.scale,
-            scale_b=weight.scale.t(),
-            bias=None if bias is None else bias.to(torch.bfloat16),
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
-    return found.unflatten(0, x.shape[:-1])
+    return fp8_product(rows, weight, bias).unflatten(0, x.shape[:-1])
+
+
+def fp8_product(rows: Packed, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    """`rows @ weight.T + bias` of factors that are in fp8 already.
+
+    On a CUDA device it is one product in fp8, summed up in float32 (from compute capability 8.9 on). Elsewhere it is a
+    reference: what the codes stand for is multiplied in the scale's precision, whatever autocast says.
+
+    Args:
+        rows: [M, K]. weight: [N, K]. bias: [N].
+
+    Returns:
+        [M, N], bfloat16 on a CUDA device, else of the scale's dtype.
+
+    Source: row-wise scaling, arXiv 2209.05433, section 3; PyTorch's scaled products.
+
+    Example:
+        >>> two, weight = pack(torch.full((1, 16), 2.0), "fp8"), pack(torch.ones(3, 16), "fp8")
+        >>> fp8_product(two, weight, torch.ones(3))
+        tensor([[33., 33., 33.]])
+    """
+    if rows.codes.device.type != "cuda":
+        with torch.autocast(rows.codes.device.type, enabled=False):
+            return F.linear(unpack(rows), unpack(weight), None if bias is None else bias.to(weight.scale.dtype))
+    # Fast accumulation keeps sums in the tensor cores; it is what makes fp8 faster than bf16 on Hopper.
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+        rows.codes,
+        weight.codes.t(),
+        scale_a=rows.scale,
+        scale_b=weight.scale.t(),
+        bias=None if bias is None else bias.to(torch.bfloat16),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )

@@ -1,4 +1,7 @@
-"""Linear layers that hold their weight in a second form for calls without gradient, made anew when the weight was changed."""
+"""Linear layers that hold their weight in a second form for calls without gradient, made anew when the weight was changed.
+
+They may compute calls with gradient in fp8, too.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,25 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from sftk.core.numerics import rounds_as_with_gradient
+from sftk.functional.attention import is_exact
+from sftk.models.fp8_training import fp8_training_linear
 
 
 class HeldLinear(nn.Linear, ABC):
     """A linear layer with something in `held` that stands for its weight in calls without gradient.
 
-    With gradient it is the layer that it was made from. Subclasses say what is held, and how it is used.
+    With gradient it is the layer that it was made from, or that in fp8. Subclasses say what is held, and how it is used.
 
     Args:
         linear: gives its weight and bias, which stay the same parameters under the same names.
+        trains_fp8: calls with gradient are those of `fp8_training_linear`, but for exact derivatives and forward mode.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, *, trains_fp8: bool = False):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
+        self.trains_fp8 = trains_fp8
         self.held: Any = None
         self._stamp: tuple[int, int] | None = None
 
@@ -42,6 +49,12 @@ class HeldLinear(nn.Linear, ABC):
     def without_gradient(self) -> bool:
         """Whether a call now carries no gradient, nor has to be as one that does."""
         return not rounds_as_with_gradient() and forward_ad._current_level < 0
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer returns in a call with gradient, with a bias that may be another tensor than its own."""
+        if self.trains_fp8 and not is_exact() and forward_ad._current_level < 0:
+            return fp8_training_linear(x, self.weight, bias)
+        return F.linear(x, self.weight, bias)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -85,10 +98,12 @@ class HalfLinear(HeldLinear):
         return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not self.without_gradient:
+            return self.product(x, self.bias)
         kind = x.device.type
-        if self.without_gradient and torch.is_autocast_enabled(kind):
+        if torch.is_autocast_enabled(kind):
             return F.linear(x, *self.weights(torch.get_autocast_dtype(kind)))
-        return super().forward(x)
+        return F.linear(x, self.weight, self.bias)
 
 
 def hold_linears(model: nn.Module, kind: Callable[[nn.Linear], HeldLinear], *, hold: bool = True) -> nn.Module:
@@ -97,7 +112,8 @@ def hold_linears(model: nn.Module, kind: Callable[[nn.Linear], HeldLinear], *, h
     Args:
         model: has `blocks`; embeddings and the head stay as they are.
         kind: makes the layer in the place of one.
-        hold: look before each call without gradient whether a weight was changed, and then make what is held.
+        hold: look before each call without gradient whether a weight was changed, and then make what is held. Otherwise
+            layers compute with what they have.
 
     Returns:
         The model.

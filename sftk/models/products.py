@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from sftk.models.fp8_training import fp8_linear_rows
+
 Widths = Callable[[Sequence[Any]], Sequence[int]]
 """Tells, from the arguments of a product, how many features it reads and returns."""
 
@@ -32,6 +34,7 @@ def product_operators() -> Mapping[Any, Widths]:
         aten.mm.default: lambda args: args[1].shape,
         aten.addmm.default: lambda args: args[2].shape,
         aten._scaled_mm.default: lambda args: args[1].shape,
+        fp8_linear_rows._opoverload: lambda args: args[3].shape[::-1],  # a weight as layers have it
     }
 
 

@@ -235,11 +235,12 @@ def _share(module: nn.Module, mesh: Mesh) -> nn.Module:
 
 
 def _linears(recipe: Recipe, role: str, module: nn.Module, *, sharded: bool) -> nn.Module:
-    """The module, whose calls without gradient compute in fp8, or with weights that are held in bfloat16, where it is to."""
+    """The module, whose layers compute in fp8, or without gradient with weights held in bfloat16, where they are to."""
     section = recipe.models[role]
-    if section.size is not None and section.lowp.over(recipe.lowp) == "fp8":
-        return use_fp8(module, hold=not sharded)
-    return hold_linears(module, HalfLinear) if holds_half(recipe, role) and not sharded else module
+    half, lowp = holds_half(recipe, role), section.lowp.over(recipe.lowp)
+    if section.size is not None and lowp.fp8:
+        return use_fp8(module, hold=not sharded and (half or lowp.linears == "fp8"), lowp=lowp)
+    return hold_linears(module, HalfLinear) if half and not sharded else module
 
 
 def _fuse(module: nn.Module, recipe: Recipe, device: torch.device) -> None:

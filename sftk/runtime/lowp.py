@@ -1,6 +1,8 @@
-"""Linear layers that compute in fp8 where no gradient is asked for."""
+"""Linear layers that compute in fp8: where no gradient is asked for, where one is, or both."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,8 @@ from torch import Tensor, nn
 from sftk.errors import Problem, ShapeError, SpecError
 from sftk.functional.fp8_linear import fp8_linear
 from sftk.functional.packed import Packed, pack
-from sftk.models.held_linear import HeldLinear, hold_linears
+from sftk.models.held_linear import HalfLinear, HeldLinear, hold_linears
+from sftk.spec.lowp import LowpSection
 from sftk.spec.schema import Recipe
 
 CAPABILITY = (8, 9)
@@ -16,10 +19,11 @@ CAPABILITY = (8, 9)
 
 
 class Fp8Linear(HeldLinear):
-    """A linear layer whose calls without gradient multiply in fp8; with gradient it is the layer that it was made from.
+    """A linear layer whose calls without gradient multiply in fp8.
 
     Args:
         linear: gives its weight and bias, which stay the same parameters under the same names.
+        trains_fp8: so do its calls with gradient, see `fp8_training_linear`; otherwise these are of the layer that it was.
 
     Example:
         >>> layer = Fp8Linear(nn.Linear(16, 32))
@@ -29,8 +33,8 @@ class Fp8Linear(HeldLinear):
         (True, torch.float32, ['bias', 'weight'])
     """
 
-    def __init__(self, linear: nn.Linear):
-        super().__init__(linear)
+    def __init__(self, linear: nn.Linear, *, trains_fp8: bool = False):
+        super().__init__(linear, trains_fp8=trains_fp8)
         self.released = False
 
     def make(self) -> Packed:
@@ -41,11 +45,14 @@ class Fp8Linear(HeldLinear):
         """Codes and scales."""
         return held.codes, held.scale
 
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.released:
+            raise ShapeError("a model that keeps its weights in fp8 alone was called with gradient; set its linears: full")
+        return super().product(x, bias)
+
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not self.without_gradient:
-            if self.released:
-                raise ShapeError("a model that keeps its weights in fp8 alone was called with gradient; set its linears: full")
-            return super().forward(x)
+            return self.product(x, self.bias)
         weight = pack(self.weight, "fp8") if self.held is None else self.held
         kind = x.device.type
         return fp8_linear(x, weight, self.bias).to(
@@ -63,15 +70,20 @@ class Fp8Linear(HeldLinear):
             super().refresh()
 
 
-def use_fp8(model: nn.Module, *, hold: bool) -> nn.Module:
-    """Puts `Fp8Linear` in the place of every linear layer of a backbone's blocks, in place, and returns the model.
+def use_fp8(model: nn.Module, *, hold: bool, lowp: LowpSection | None = None) -> nn.Module:
+    """Puts layers that compute in fp8 in the place of every linear layer of a backbone's blocks, in place.
 
     Embeddings and the head stay as they are: they are small, and what they lose is seen at once.
 
     Args:
         model: has `blocks`.
-        hold: keep the weights in fp8, too, a byte for each, and round them anew when they were changed; otherwise each call
-            rounds what it has, as is needed for sharded weights, which it gathers.
+        hold: keep the weights in another form, too, and make it anew when they were changed: in fp8, a byte for each, or where
+            only calls with gradient compute in fp8, in bfloat16. Otherwise each call rounds what it has, as is needed for
+            sharded weights, which it gathers; calls with gradient always do.
+        lowp: which calls, of `linears` and `training`; None are those without gradient.
+
+    Returns:
+        The model.
 
     Example:
         >>> from sftk.models import WanModel, preset
@@ -79,7 +91,9 @@ def use_fp8(model: nn.Module, *, hold: bool) -> nn.Module:
         >>> sum(isinstance(layer, Fp8Linear) for layer in model.modules())
         40
     """
-    return hold_linears(model, Fp8Linear, hold=hold)
+    lowp = lowp or LowpSection(linears="fp8")
+    kind = Fp8Linear if lowp.linears == "fp8" else HalfLinear
+    return hold_linears(model, functools.partial(kind, trains_fp8=lowp.training == "fp8"), hold=hold)
 
 
 def release_weights(model: nn.Module) -> None:
@@ -108,12 +122,13 @@ def check_fp8(recipe: Recipe, device: torch.device) -> None:
         >>> from sftk.spec.recipe import load_recipe
         >>> check_fp8(load_recipe("recipes/dmd.yaml", ["lowp.linears=fp8"])[0].recipe, torch.device("cpu"))
     """
-    asked = [role for role, model in recipe.models.items() if model.size is not None and model.lowp.over(recipe.lowp) == "fp8"]
+    asked = [role for role, model in recipe.models.items() if model.size is not None and model.lowp.over(recipe.lowp).fp8]
     if not asked or device.type != "cuda":
         return
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < CAPABILITY:
         name = torch.cuda.get_device_name(device)
         message = f"{', '.join(asked)} would compute in fp8, which {name} (compute capability {major}.{minor}) does not do"
-        hint = "take a GPU of 8.9 or above, such as an H100, or linears: full"
-        raise SpecError([Problem(path=("lowp", "linears"), message=message, hint=hint)])
+        key = recipe.models[asked[0]].lowp.over(recipe.lowp).fp8[0]
+        hint = f"take a GPU of 8.9 or above, such as an H100, or {key}: full"
+        raise SpecError([Problem(path=("lowp", key), message=message, hint=hint)])

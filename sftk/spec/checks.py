@@ -107,9 +107,9 @@ class Checks:
                 fix = f"take a multiple of {rows} for latents.height and of {columns} for latents.width"
                 self._say(("models", role, "size"), message, fix)
             wide = {name: size for name in ("dim", "ffn_dim") if (size := getattr(model.config, name)) % MULTIPLE}
-            if model.lowp.over(recipe.lowp) == "fp8" and wide:
-                place = ("models", role, "lowp") if model.lowp.linears else ("lowp", "linears")
-                self._say(place, f"fp8 products take widths that {MULTIPLE} divides, {role!r} has {wide}", "use linears: full")
+            for key in model.lowp.over(recipe.lowp).fp8 if wide else ():
+                place = ("models", role, "lowp") if getattr(model.lowp, key) else ("lowp", key)
+                self._say(place, f"fp8 products take widths that {MULTIPLE} divides, {role!r} has {wide}", f"use {key}: full")
             self._weights(role, model.weights)
         for role in recipe.ema:
             if role not in models:

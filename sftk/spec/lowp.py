@@ -13,7 +13,7 @@ from sftk.functional.packed import Storage
 if TYPE_CHECKING:
     from sftk.spec.schema import Recipe
 
-Linears = Literal["full", "fp8"]
+Products = Literal["full", "fp8"]
 
 
 @attrs.frozen(kw_only=True)
@@ -22,11 +22,14 @@ class LowpSection:
 
     Args:
         linears: linear layers of the backbones' blocks in calls without gradient: the steps and commits of a rollout, scores,
-            samples. Calls with gradient are as they were. A model may say otherwise for itself, see `ModelLowp`.
+            samples. A model may say otherwise for itself, see `ModelLowp`.
+        training: these layers in calls with gradient: their product and the gradient of their input. The gradients of their
+            weights are computed as they were.
         kv_cache: what the phases' parameter `kv_cache` is where they do not bind it.
     """
 
-    linears: Linears = "full"
+    linears: Products = "full"
+    training: Products = "full"
     kv_cache: Storage = "full"
 
     @property
@@ -38,6 +41,16 @@ class LowpSection:
             ({'kv_cache': 'int8'}, {})
         """
         return {} if self.kv_cache == "full" else {"kv_cache": self.kv_cache}
+
+    @property
+    def fp8(self) -> tuple[str, ...]:
+        """Which of `linears` and `training` ask for products in fp8.
+
+        Example:
+            >>> LowpSection(training="fp8").fp8
+            ('training',)
+        """
+        return tuple(key for key in ("linears", "training") if getattr(self, key) == "fp8")
 
 
 def gradient_roles(graph: Graph | Fold) -> set[str]:
@@ -62,19 +75,22 @@ class ModelLowp:
     """What one model does otherwise than the recipe's `lowp`; null takes what that says.
 
     Args:
-        linears: see `LowpSection`.
+        linears, training: see `LowpSection`.
     """
 
-    linears: Linears | None = None
+    linears: Products | None = None
+    training: Products | None = None
 
-    def over(self, section: LowpSection) -> Linears:
-        """How the model's linear layers compute.
+    def over(self, section: LowpSection) -> LowpSection:
+        """What holds for the model.
 
         Example:
-            >>> ModelLowp(linears="full").over(LowpSection(linears="fp8")), ModelLowp().over(LowpSection(linears="fp8"))
-            ('full', 'fp8')
+            >>> section = LowpSection(linears="fp8", training="fp8")
+            >>> ModelLowp(linears="full").over(section).fp8, ModelLowp().over(section).fp8
+            (('training',), ('linears', 'training'))
         """
-        return self.linears or section.linears
+        own = {key: value for key, value in attrs.asdict(self).items() if value is not None}
+        return attrs.evolve(section, **own)
 
 
 def holds_half(recipe: Recipe, role: str) -> bool:
@@ -87,5 +103,5 @@ def holds_half(recipe: Recipe, role: str) -> bool:
         ['generator']
     """
     section = recipe.models[role]
-    fp8 = section.size is not None and section.lowp.over(recipe.lowp) == "fp8"
+    fp8 = section.size is not None and section.lowp.over(recipe.lowp).linears == "fp8"
     return section.half_copy and section.dtype == "fp32" and recipe.precision == "bf16" and not fp8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -10,10 +12,15 @@ from sftk.functional.fp8_linear import fp8_linear
 from sftk.functional.keys import Key
 from sftk.functional.packed import pack
 from sftk.models import WanConfig, WanModel
+from sftk.models.fp8_training import fp8_training_linear
 from sftk.runtime.bench_cases import randomise_zeros
 from sftk.runtime.lowp import use_fp8
 from sftk.runtime.parallelize import parallelize
 from sftk.runtime.port import Port
+from sftk.spec.lowp import LowpSection
+
+if importlib.util.find_spec("triton") is not None:
+    from sftk.models.kernels.block_ops import TritonOps
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,6 +44,60 @@ def test_products_are_the_reference(compiled):
     found = call(x.cuda(), pack(weight.cuda(), "fp8"), bias.cuda())
     assert (found.dtype, found.shape) == (torch.bfloat16, reference.shape)
     assert (found.cpu().float() - reference).norm() / reference.norm() < 6e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sizes", [(4680, 1536), (333, 8960), (1536, 8960), (8960, 1536), (48, 32), (17, 16)])
+def test_kernels_round_as_the_reference(sizes, dtype):
+    from rounding_checks import check_rounding, representable
+
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    check_rounding(representable(*sizes, device).to(dtype), exact=True)
+    of_rows = torch.logspace(-6, 2, sizes[0], device=device)[:, None]
+    check_rounding((torch.randn(sizes, device=device) * of_rows).to(dtype), exact=False)
+    check_rounding(torch.zeros(sizes, device=device, dtype=dtype), exact=True)
+
+
+@pytest.mark.parametrize("mode", ["eager", "aot_eager", "inductor"])
+def test_training_products_are_the_reference(mode):
+    """Product and gradients on the device against the reference on the CPU, weights in float32 under autocast."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 100, 192), torch.randn(384, 192) / 14, torch.randn(384)]
+    grad = torch.randn(2, 100, 384).bfloat16()
+    found = []
+    for device in ("cpu", "cuda"):
+        torch._dynamo.reset()
+        call = fp8_training_linear
+        if mode != "eager" and device == "cuda":
+            call = torch.compile(call, fullgraph=True, backend=mode)
+        given = [t.to(device).requires_grad_() for t in inputs]
+        with torch.autocast(device, torch.bfloat16):
+            y = call(*given)
+        found.append([y.detach(), *torch.autograd.grad(y, given, grad.to(device))])
+    for index, (reference, one) in enumerate(zip(*found, strict=True)):
+        assert (one.dtype, one.shape) == (reference.dtype, reference.shape), index
+        assert (one.cpu().float() - reference.float()).norm() / reference.float().norm() < 6e-3, index
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("checkpoint", ["none", "selective", "products"])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_backbone_trains_in_fp8(compiled, checkpoint, kernels, monkeypatch):
+    """Flow and gradients in bf16 are near those without, in all weights together; blocks compile whole."""
+    monkeypatch.setattr(TritonOps, "worth", 0)
+    latents, text = torch.randn(2, 3, 16, 8, 8, device="cuda"), torch.randn(2, 8, 32, device="cuda")
+    cotangent, found = torch.randn(2, 3, 16, 8, 8, device="cuda"), []
+    for training in ("full", "fp8"):
+        model = random_model().requires_grad_(True)
+        use_fp8(model, hold=False, lowp=LowpSection(training=training))
+        parallelize(model, checkpoint=checkpoint, compile_blocks=compiled)
+        model.ops = TritonOps() if kernels else model.ops
+        flow = Port(model, torch.bfloat16)(latents, torch.full((2, 3), 500.0, device="cuda"), text)[0]
+        flow.backward(cotangent)
+        found.append((flow.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    for exact, rounded in zip(*found, strict=True):
+        assert 1e-3 < (rounded - exact).norm() / exact.norm() < 0.1
 
 
 def random_model() -> WanModel:

@@ -13,7 +13,11 @@ import pytest
 import torch
 from elementwise_cases import CASES, results
 from kernel_checks import ODD, check
+from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from sftk.models.block_ops import PLAIN
+from sftk.models.held_linear import HalfLinear
 
 FOUND = importlib.util.find_spec("triton") is not None and tuple(map(int, version("triton").split(".")[:2])) >= (3, 9)
 INTERPRETED = FOUND and os.environ.get("TRITON_INTERPRET") == "1"
@@ -55,6 +59,33 @@ def test_an_activation_checkpoint_gives_the_same_gradient():
 
     for a, b in zip(*(results(case, form, [*half, *wide], upstream) for form in (call, case.fused)), strict=True):
         assert torch.equal(a, b)
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sizes", [(37, 300), (200, 96), (1, 16)])
+def test_rounds_to_fp8(sizes, dtype):
+    """Values that fp8 holds: the interpreter does not carry what it rounds up into the next power of two."""
+    from rounding_checks import check_rounding, representable
+
+    values = representable(*sizes, torch.device("cpu"))
+    check_rounding(values.to(dtype), exact=True)
+    check_rounding(torch.zeros_like(values, dtype=dtype), exact=True)
+
+
+@inside
+def test_gelu_after_a_layer_that_trains_in_fp8():
+    """The bias gets its gradient from GELU's kernel, once."""
+    from sftk.models.kernels.block_ops import TritonOps
+
+    torch.manual_seed(0)
+    layer, x = HalfLinear(nn.Linear(32, 48), trains_fp8=True), torch.randn(2, 5, 32)
+    grad, found = torch.randn(2, 5, 48), []
+    for ops in (TritonOps(), PLAIN):
+        y = ops.linear_gelu(layer, x)
+        found.append((y.detach(), *torch.autograd.grad(y, layer.parameters(), grad)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @inside

@@ -21,6 +21,7 @@ from sftk.runtime.optim import make_optimizer
 from sftk.runtime.parallelize import parallelize
 from sftk.runtime.sample_options import role_sampling
 from sftk.runtime.step import TrainingStep
+from sftk.spec.lowp import LowpSection
 from sftk.spec.optimizer import OptimizerSection
 from sftk.spec.recipe import load_recipe
 
@@ -161,6 +162,57 @@ def test_training_in_fp8_is_close_to_training_without(wide):
                 assert key != "generator/loss" or other[key].item() != value.item()
 
 
+@pytest.mark.parametrize("extra", [(), (FP8,), ("precision=bf16", "phases.0.backward=replay")], ids=["alone", "both", "replay"])
+def test_the_digits_recipe_trains_in_fp8(extra):
+    """From the shipped weights: the first step differs by rounding alone, and weights move on."""
+    small = ("latents.frames=6", "batch.global=1", "eval=null", *extra)
+    found = {}
+    for training in ("full", "fp8"):
+        _, built, step = make("recipes/dmd.yaml", f"lowp.training={training}", *small)
+        before = [p.detach().clone() for p in built.modules["generator"].blocks.parameters()]
+        found[training] = [step(index) for index in range(2)]
+        after = list(built.modules["generator"].blocks.parameters())
+        assert sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) > 0.9 * len(before)
+    for one, other in zip(found["full"], found["fp8"], strict=True):
+        for key in ("generator/gradient_norm", "critic/loss"):
+            assert one[key].isfinite()
+            assert other[key].item() == pytest.approx(one[key].item(), rel=0.2), key
+            assert other[key].item() != one[key].item(), key
+
+
+def test_which_layers_a_recipe_gives(wide):
+    """`training` and `linears` are independent, for the recipe and for a model; without `linears`, half copies stay."""
+    kinds = {}
+    for name, overrides in {
+        "training": ("lowp.training=fp8",),
+        "one": ("models.fake_score.lowp.training=fp8",),
+        "half": ("lowp.training=fp8", "precision=bf16", "models.generator.half_copy=true"),
+        "both": (FP8, "lowp.training=fp8", "models.generator.lowp.training=full", "models.real_score.lowp.linears=full"),
+    }.items():
+        _, built, _ = make(wide, *overrides)
+        port = built.ports["generator"]
+        with torch.no_grad():
+            port(torch.randn(1, 3, 4, 8, 8), torch.zeros(1, 3), torch.zeros(1, 4, 32))
+        first = {role: module.blocks[0].self_attn.q for role, module in built.modules.items()}
+        kinds[name] = {
+            role: (type(layer).__name__, getattr(layer, "trains_fp8", False), getattr(layer, "held", None) is not None)
+            for role, layer in first.items()
+        }
+    half, plain, rounded = ("HalfLinear", True, False), ("Linear", False, False), ("Fp8Linear", True, False)
+    roles = ("generator", "real_score", "fake_score")
+    assert kinds["training"] == dict.fromkeys(roles, half)
+    assert kinds["one"] == {"generator": plain, "real_score": plain, "fake_score": half}
+    assert kinds["half"] == {"generator": ("HalfLinear", True, True), "real_score": half, "fake_score": half}
+    assert kinds["both"] == {"generator": ("Fp8Linear", False, True), "real_score": half, "fake_score": rounded}
+
+
+def test_both_give_one_result_with_gradient_and_without():
+    model = use_fp8(random_model(), hold=True, lowp=LowpSection(linears="fp8", training="fp8"))
+    with_gradient = model(*ARGUMENTS)[0]
+    with torch.no_grad():
+        assert torch.equal(model(*ARGUMENTS)[0], with_gradient)
+
+
 def starts(graph):
     """Nodes that start a cache, in a graph and those within."""
     for node in graph.nodes:
@@ -224,6 +276,8 @@ def test_widths_that_fp8_does_not_take(tiny):
         load_recipe(tiny(), [FP8])
     with pytest.raises(SpecError, match=r"'fake_score' has \{'dim': 24\} @ \$\.models\.fake_score\.lowp"):
         load_recipe(tiny(), ["models.fake_score.lowp.linears=fp8"])
+    with pytest.raises(SpecError, match=r"'generator' has \{'dim': 24\} @ \$\.lowp\.training.*; use training: full"):
+        load_recipe(tiny(), ["lowp.training=fp8"])
 
 
 def test_roles_without_layers_of_their_own(wide):
@@ -239,5 +293,8 @@ def test_a_gpu_without_fp8_is_named(monkeypatch):
     (stage,) = load_recipe("recipes/dmd.yaml", [FP8])
     with pytest.raises(SpecError, match=r"fp8, which NVIDIA A100 \(compute capability 8\.0\) does not do @ \$\.lowp\.linears"):
         check_fp8(stage.recipe, torch.device("cuda"))
+    (trained,) = load_recipe("recipes/dmd.yaml", ["models.generator.lowp.training=fp8"])
+    with pytest.raises(SpecError, match=r"generator would compute in fp8.* @ \$\.lowp\.training.* or training: full"):
+        check_fp8(trained.recipe, torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     check_fp8(stage.recipe, torch.device("cuda"))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sftk.core.numerics import rounds_as_with_gradient
 from sftk.models.block_ops import BlockOps
-from sftk.models.held_linear import HalfLinear
+from sftk.models.held_linear import HeldLinear
 from sftk.models.kernels.gelu_bias import gelu_bias
 from sftk.models.kernels.norm_rope import norm_rope
 from sftk.models.kernels.residual_norm import modulated_norm, residual_norm
@@ -39,7 +39,10 @@ class TritonOps(BlockOps):
         return residual_norm(x, y, None, shift, scale, eps)
 
     def linear_gelu(self, layer: nn.Module, x: Tensor) -> Tensor:
-        if type(layer) not in (nn.Linear, HalfLinear) or not rounds_as_with_gradient():
+        if not rounds_as_with_gradient():
             return super().linear_gelu(layer, x)
-        assert isinstance(layer, nn.Linear)
-        return gelu_bias(F.linear(x, layer.weight, layer.bias.detach()), layer.bias)
+        if isinstance(layer, HeldLinear):
+            return gelu_bias(layer.product(x, layer.bias.detach()), layer.bias)
+        if type(layer) is nn.Linear:
+            return gelu_bias(F.linear(x, layer.weight, layer.bias.detach()), layer.bias)
+        return super().linear_gelu(layer, x)
