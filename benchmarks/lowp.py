@@ -7,7 +7,9 @@
 Every setting has the same weights, noise and prompts and does this of `benchmarks/dmd_1.3b.yaml` without gradient: the
 student's whole rollout through all steps (`x0`), the gradient of distribution matching at the first setting's samples
 (`gradient`), at its own (`gradient_of_own`), and at the first's again with a critic that is a copy of the teacher
-(`gradient_near`): training begins so, and what is left is guidance. A trained critic lies between. Errors are norms of
+(`gradient_near`): training begins so, and what is left is guidance. A trained critic lies between. With gradient, it computes
+that of the critic's denoising loss at the first setting's samples for the critic's weights (`weights`: all together, the median
+tensor and the worst). Errors are norms of
 differences to the first setting over its norm. The first is bf16 with the attention that `auto` takes; the second has another
 attention kernel and compiles nothing, which shows what rounding alone does; the last is float32. Seconds are medians.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -59,12 +62,13 @@ def settings(compiled: bool) -> dict[str, list[str]]:
     return {
         "full": compile_,
         "other": [*other, "compile=false"],
+        "fp8_training": [*compile_, "lowp.training=fp8"],
         "fp8_student": [*compile_, "models.generator.lowp.linears=fp8"],
         "fp8_scores": [*compile_, "models.real_score.lowp.linears=fp8", "models.fake_score.lowp.linears=fp8"],
         "fp8": [*compile_, "lowp.linears=fp8"],
         "kv_int8": [*compile_, "lowp.kv_cache=int8"],
         "kv_fp8": [*compile_, "lowp.kv_cache=fp8"],
-        "all": [*compile_, "lowp={linears: fp8, kv_cache: int8}"],
+        "all": [*compile_, "lowp={linears: fp8, training: fp8, kv_cache: int8}"],
         "fp32": ["precision=fp32", "compile=false"],
     }
 
@@ -83,10 +87,20 @@ def prepare(stage: Stage, device: torch.device) -> tuple[Built, dict[str, Any]]:
     return built, values | {"key": key, "noise": key.normal("noise", shape, device=device)}
 
 
+def weight_gradients(built: Built, values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of the critic's denoising loss for all of its weights."""
+    graph, critic = Graph.from_spec("specs/critic.yaml"), built.modules["fake_score"].requires_grad_(True)
+    state = graph.run(values, {"fake_score": built.ports["fake_score"]})
+    names, weights = zip(*critic.state_dict(keep_vars=True).items(), strict=True)
+    gradients = torch.autograd.grad(state["loss"] / state["loss_weight"], weights)
+    critic.requires_grad_(False)
+    return dict(zip(names, gradients, strict=True))
+
+
 def run_setting(
     name: str, overrides: list[str], device: torch.device, repeats: int, first: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """One setting: tensors on the host under `tensors`, and what was measured."""
+    """One setting: tensors on the host under `tensors` and `weights`, and what was measured."""
     (stage,) = load_recipe(RECIPE, overrides)
     built, values = prepare(stage, device)
     rollout = Graph.from_spec("specs/rollout.yaml", last_step_only=True, **stage.recipe.lowp.defaults).subgraph(["x0"])
@@ -104,14 +118,17 @@ def run_setting(
     x0 = sample()
     given = first["x0"].to(device) if first else x0
     tensors = {"x0": x0.cpu(), "gradient": gradient(given).cpu(), "gradient_of_own": gradient(x0).cpu()}
-    calls: dict[str, Callable[[], Tensor]] = {"rollout": sample, "scores": lambda: gradient(given)}
+    calls: dict[str, Callable[[], Any]] = {"rollout": sample, "scores": lambda: gradient(given)}
+    calls["critic"] = lambda: weight_gradients(built, values | {"x0": given})
     measured = {case: measure(call, device, warmup=1, repeats=repeats) for case, call in calls.items()}
+    weights = {key: value.cpu() for key, value in weight_gradients(built, values | {"x0": given}).items()}
     ports = ports | {"fake_score": ports["real_score"]}
     tensors["gradient_near"] = gradient(given).cpu()
     return {
         "setting": name,
         "overrides": overrides,
         "tensors": tensors,
+        "weights": weights,
         "seconds": {case: found.median for case, found in measured.items()},
         "spread": {case: max(found.seconds) - min(found.seconds) for case, found in measured.items()},
         "held_bytes": measured["rollout"].held,
@@ -121,6 +138,21 @@ def run_setting(
 
 def relative(found: Tensor, reference: Tensor) -> float:
     return ((found.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def of_weights(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Errors of all gradients together, and of single tensors that have one."""
+    pairs = {name: (found[name].double(), value.double()) for name, value in reference.items()}
+    squares = [[(one - other).square().sum(), other.square().sum()] for one, other in pairs.values()]
+    lost, whole = torch.tensor(squares, dtype=torch.float64).sum(0)
+    each = {name: relative(*pair) for name, pair in pairs.items() if pair[1].any()}
+    worst = max(each, key=lambda name: each[name])
+    return {
+        "all": (lost / whole).sqrt().item(),
+        "median": statistics.median(each.values()),
+        "worst": each[worst],
+        "worst_name": worst,
+    }
 
 
 def by_block(found: Tensor, reference: Tensor, frames: int) -> list[float]:
@@ -145,12 +177,14 @@ def main() -> None:
     common = [*(TINY if options.tiny else []), f"device={device.type}", *options.overrides]
     rows: list[dict[str, Any]] = []
     first: dict[str, Tensor] = {}
+    first_weights: dict[str, Tensor] = {}
     for name in chosen:
         row: dict[str, Any] = {"setting": name}
         try:
             row = run_setting(name, [*common, *wanted[name]], device, options.repeats, first)
-            tensors = row.pop("tensors")
-            first = first or tensors
+            tensors, weights = row.pop("tensors"), row.pop("weights")
+            first, first_weights = first or tensors, first_weights or weights
+            row["weights"] = of_weights(weights, first_weights)
             row["errors"] = {key: relative(value, first[key]) for key, value in tensors.items()}
             row["x0_by_block"] = by_block(tensors["x0"], first["x0"], 3)
             row["norms"] = {key: value.norm().item() / value.numel() ** 0.5 for key, value in tensors.items()}

@@ -29,15 +29,41 @@ def _kernels() -> Any:
     return fp8_rounding
 
 
-def _by_rows(values: Tensor) -> Packed:
-    """[M, K] in fp8."""
+def by_rows(values: Tensor) -> Packed:
+    """Rounds to fp8 with a scale for each row: on CUDA by one kernel, elsewhere (and without Triton) by `pack`.
+
+    Args:
+        values: [M, K], floating-point.
+
+    Returns:
+        Codes [M, K]; scales [M, 1], float32 on CUDA, float32 at least elsewhere.
+
+    Source: row-wise scaling, arXiv 2209.05433, section 3.
+
+    Example:
+        >>> by_rows(torch.tensor([[896.0, 2.0]])).codes.float()
+        tensor([[448.,   1.]])
+    """
     if values.is_cuda and (kernels := _kernels()) is not None:
         return kernels.round_rows(values)
     return _packed(values)
 
 
-def _by_columns(values: Tensor) -> Packed:
-    """The transpose of [N, K] in fp8: [K, N]."""
+def by_columns(values: Tensor) -> Packed:
+    """`by_rows` of the transpose, which is not made on CUDA.
+
+    Args:
+        values: [N, K], floating-point.
+
+    Returns:
+        Codes [K, N], contiguous; scales [K, 1].
+
+    Source: row-wise scaling, arXiv 2209.05433, section 3.
+
+    Example:
+        >>> by_columns(torch.tensor([[896.0, 2.0]])).codes.float().tolist()
+        [[448.0], [448.0]]
+    """
     if values.is_cuda and (kernels := _kernels()) is not None:
         return kernels.round_columns(values)
     return _packed(values.t().contiguous())
@@ -70,7 +96,7 @@ def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         >>> codes.float(), scale
         (tensor([[448., 1.]]), tensor([[2.]]))
     """
-    rows = _by_rows(x.flatten(0, -2))
+    rows = by_rows(x.flatten(0, -2))
     return rows.codes, rows.scale
 
 
@@ -99,7 +125,7 @@ def fp8_linear_rows(x: Tensor, codes: Tensor, scale: Tensor, weight: Tensor, bia
         >>> y.unique(), torch.autograd.grad(y.sum(), weight)[0].unique()
         (tensor([4.], grad_fn=<Unique2Backward0>), tensor([2.]))
     """
-    found = fp8_product(Packed(codes, scale), _by_rows(weight), bias)
+    found = fp8_product(Packed(codes, scale), by_rows(weight), bias)
     return found.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
@@ -124,7 +150,7 @@ def fp8_linear_input(grad: Tensor, weight: Tensor) -> Tensor:
         >>> fp8_linear_input(torch.ones(1, 16), torch.full((16, 2), 0.25))
         tensor([[4., 4.]])
     """
-    found = fp8_product(_by_rows(grad.flatten(0, -2)), _by_columns(weight))
+    found = fp8_product(by_rows(grad.flatten(0, -2)), by_columns(weight))
     return found.to(grad.dtype).unflatten(0, grad.shape[:-1])
 
 

@@ -33,6 +33,10 @@ def test_lowp():
     rows = {row["setting"]: row for row in found["rows"]}
     assert not [row for row in rows.values() if "error" in row]
     assert set(rows["full"]["errors"].values()) == {0}
+    assert rows["full"]["weights"]["all"] == rows["fp8"]["weights"]["all"] == 0  # `linears` leaves calls with gradient alone
+    assert rows["fp8_training"]["errors"]["x0"] == rows["fp8_training"]["errors"]["gradient"] == 0
+    assert 0.001 < rows["fp8_training"]["weights"]["all"] < 0.2
+    assert rows["fp8_training"]["weights"]["worst"] > rows["fp8_training"]["weights"]["median"] > 0
     for name in ("fp8_student", "kv_int8", "all"):
         assert 0 < rows[name]["errors"]["x0"] < 0.05
     assert rows["fp8_scores"]["errors"]["x0"] == 0
@@ -48,6 +52,18 @@ def test_elementwise():
     assert all(0 < row["error"] < 0.01 and row["microseconds"] > 0 for row in rows.values())
     # q and k, 12 tokens of 96 channels in bfloat16, read and written; two weights; two tables of 16 angles a token.
     assert rows["norm_rope", "forward", "plain"]["least_bytes"] == 4 * 12 * 96 * 2 + 2 * 96 * 4 + 2 * 12 * 16 * 4
+
+
+def test_fp8_linear():
+    (found,) = lines("fp8_linear.py", "--tiny", "--device", "cpu", "--repeats", "2")
+    rows = {(row["tokens"], row["in"], row["out"], row["piece"]): row for row in found["rows"]}
+    assert len(rows) == 2 * 3 * 9
+    for (tokens, read, returned, piece), row in rows.items():
+        assert row["microseconds"] > 0
+        if piece.endswith("forward"):
+            assert row["flop"] == 2 * tokens * read * returned
+        if piece == "fp8 forward":
+            assert 0.01 < row["error"] < 0.05
 
 
 def test_load_14b(tmp_path):
