@@ -14,6 +14,11 @@ class Exchange(Protocol):
     A rank has all heads of its tokens, or all tokens of its heads. What is called whole is the same on every rank.
     """
 
+    @property
+    def degree(self) -> int:
+        """How many ranks share the pass; each has that share of the heads."""
+        ...
+
     def part(self, x: Tensor) -> Tensor:
         """This rank's tokens [B, F Tr, C] of x [B, F T, C], which is whole; the gradient that goes back is whole, too."""
         ...
@@ -44,6 +49,8 @@ class OneRank:
         >>> OneRank().to_tokens(x) is x
         True
     """
+
+    degree = 1
 
     def part(self, x: Tensor) -> Tensor:
         return x

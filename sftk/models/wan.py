@@ -14,7 +14,8 @@ from sftk.core.numerics import rounds_as_with_gradient
 from sftk.errors import ShapeError
 from sftk.functional.attention import Backend, Mask, attention_mask, is_exact, settled
 from sftk.functional.cache import KVCache, LayerKV, free_space
-from sftk.functional.exchange import ExchangeFor, one_rank
+from sftk.functional.cache_fit import check_cache
+from sftk.functional.exchange import Exchange, ExchangeFor, one_rank
 from sftk.functional.free_space import FreeSpace
 from sftk.functional.layout import Layout, check_layout
 from sftk.models.block_ops import PLAIN, BlockOps
@@ -116,10 +117,11 @@ class WanModel(nn.Module):
             features: [B, tokens, width] each.
 
         Raises:
-            ShapeError: an argument does not fit the config.
+            ShapeError: an argument does not fit the config, or the cache does not fit the latents.
         """
         frames, height, width = self._check(latents, timestep, prompt_embeds, cache, layout)
         exchange = self.exchange(frames, height * width)
+        self._check_cache(cache, latents, height * width, exchange)
         timestep, prompt_embeds = exchange.shared(timestep), exchange.shared(prompt_embeds)
         x = self._embed_patches(exchange.part(self._patches(latents)))
         time = self.time_embedding(sinusoidal_embedding(timestep, self.config.freq_dim).to(self._dtype))
@@ -184,6 +186,18 @@ class WanModel(nn.Module):
         if layout is not None and cache is not None and cache.frames:
             raise ShapeError(f"a layout speaks of one pass's own frames; found one with a cache of {cache.frames} frames")
         return frames, height // config.patch_size[1], width // config.patch_size[2]
+
+    def _check_cache(self, cache: KVCache | None, latents: Tensor, tokens: int, exchange: Exchange) -> None:
+        if cache is not None:
+            check_cache(
+                cache,
+                batch=latents.shape[0],
+                tokens=tokens,
+                layers=len(self.blocks),
+                heads=self.config.num_heads // exchange.degree,
+                text_heads=self.config.num_heads,
+                head_dim=self.config.head_dim,
+            )
 
     def _space(self, cache: KVCache | None, latents: Tensor, tokens: int, mask: Mask, past_rope: Any) -> FreeSpace | None:
         """Where a pass that nobody differentiates may write its keys and values, behind those in the cache."""

@@ -100,6 +100,10 @@ class TokenExchange:
     name: str
     split: TokenSplit
 
+    @property
+    def degree(self) -> int:
+        return self.split.degree
+
     def part(self, x: Tensor) -> Tensor:
         return self._apply("_cut", "_gather", x)[0]
 

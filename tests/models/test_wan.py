@@ -362,14 +362,9 @@ def test_a_pass_behind_its_cache_is_the_pass(model, inputs, start):
 
 
 @torch.no_grad()
-def test_a_pass_of_another_dtype_or_size_than_its_cache(model, make_model, inputs, start, randn):
-    """As without room: cached values are converted; frames of more tokens overwrite nothing."""
+def test_a_pass_of_another_dtype_than_its_cache(make_model, inputs, start):
+    """As without room: cached values are converted."""
     latents, timestep, embeds = inputs
-    cache = start()
-    before = cache.layer(0)[0].clone()
-    passes(model, (randn(2, 1, 4, 4, 12), timestep[:, :1], embeds), start)
-    model(randn(2, 1, 4, 4, 12), timestep[:, :1], embeds, cache=cache)
-    assert torch.equal(cache.layer(0)[0], before)
     passes(make_model(torch.float32), (latents.float(), timestep.float(), embeds.float()), start)
 
 
