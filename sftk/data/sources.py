@@ -40,7 +40,7 @@ class DataSource:
         embed: prompts to embeddings [B, L, D]; the empty prompt is the unconditional one. None when it has no texts, or when
             its option `text` says how.
         codec: latents to pictures and back; None when it has none, or when its option `codec` says which.
-        fps: frames a second at which its videos are shown.
+        fps: frames a second at which its videos are shown, see `shown_at`.
         encodes: its samples are made with its codec; else that is for showing them, and for `sftk sample`.
         sample_shape: channels, height and width of its latents, or None when they depend on the data.
         needs_shape: `make` takes channels, height and width as well.
@@ -95,6 +95,18 @@ class DataSource:
         embed = make_embedder(options["text"]) if "text" in options and "text" in self.options else self.embed
         codec = make_codec(options["codec"]) if options.get("codec") and "codec" in self.options else self.codec
         return attrs.evolve(self, embed=embed, codec=codec)
+
+    def shown_at(self, options: Mapping[str, Any]) -> int:
+        """Frames a second at which its videos are shown: those of the data set that its option `source` names, if there is one.
+
+        Example:
+            >>> source("ode_pairs").shown_at({"source": {"use": "digits"}}), source("ode_pairs").shown_at({})
+            (8, 16)
+        """
+        inner = options.get("source") if "source" in self.options else None
+        if not isinstance(inner, Mapping) or inner.get("use") not in SOURCES:
+            return self.fps
+        return SOURCES[str(inner["use"])].shown_at(inner.get("with") or {})
 
     @property
     def given(self) -> tuple[str, ...]:

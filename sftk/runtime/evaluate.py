@@ -177,12 +177,13 @@ class DigitsEvaluator:
             row["late"] = dict(evaluate_real(self.options.clips, frames=self.frames, seed=2, classifier=classifier))
         return row
 
-    def write_samples(self, folder: Path, ports: dict[str, tuple[str, Any]]) -> dict[str, Tensor]:
+    def write_samples(self, folder: Path, ports: dict[str, tuple[str, Any]], fps: float) -> dict[str, Tensor]:
         """Writes a GIF, an MP4 and contact sheets of the same prompts by several models; a student's long rollout as an array.
 
         Args:
             folder: where to.
             ports: caption to ("teacher" or "student", port).
+            fps: pictures a second.
 
         Returns:
             caption to frames [N, F, 16, 16]; nothing on other ranks than the first.
@@ -209,7 +210,6 @@ class DigitsEvaluator:
             return {}
         rows = [(prompt, [video[i] for video in videos.values()]) for i, prompt in enumerate(prompts)]
         grid = video_grid(rows, list(videos))
-        fps = source("digits").fps
         write_gif(folder / "side_by_side.gif", grid, fps, scale=1)
         if can_write_mp4():
             write_mp4(folder / "side_by_side.mp4", grid, fps, scale=1)

@@ -30,6 +30,7 @@ from sftk.runtime.prepare import prepare_data
 from sftk.runtime.progress import TrainingProgress
 from sftk.runtime.report import write_report
 from sftk.runtime.rundir import RunDir, open_run, redirect_output
+from sftk.runtime.sample_options import frame_rate
 from sftk.runtime.stage import StageRun, saved_weights
 from sftk.runtime.tracking import JsonlTracker, MultiTracker, TensorBoardTracker, Tracker, WandbTracker
 from sftk.runtime.world import World
@@ -237,9 +238,10 @@ class _Evaluation:
                 rows["student_before"] = before
             rows["student_after"] = self.evaluator.student_row(port, drift=True)
             samples["student"] = ("student", port)
-        videos = self.evaluator.write_samples(self.run.samples, samples)
+        fps = frame_rate(self.stage.recipe)
+        videos = self.evaluator.write_samples(self.run.samples, samples, fps)
         for caption, video in videos.items():
-            tracker.video(self.training.step, f"samples/{caption}", video[0].numpy(), 8)
+            tracker.video(self.training.step, f"samples/{caption}", video[0].numpy(), fps)
         drift = {name: row.pop("drift") for name, row in rows.items() if "drift" in row}
         facts: dict[str, Any] = {"evaluation": unstructure(options)}
         facts["evaluation"]["frames"] = facts["evaluation"].get("frames") or self.stage.recipe.latents.frames

@@ -56,14 +56,13 @@ def sample_options(document: Document, recipe: Recipe, role: str, overrides: Seq
         SpecError: an override is wrong; every problem is listed, with the override.
     """
     section = recipe.sample
-    data = source(recipe.data.use)
     values: dict[str, Any] = {
         "sampling": unstructure(role_sampling(document, recipe, role)),
         "latents": unstructure(recipe.latents),
         "text": section.text or recipe.data.with_.get("text"),
         "codec": section.codec or recipe.data.with_.get("codec"),
         "negative": recipe.data.with_.get("negative", "") if section.negative is None else section.negative,
-        "fps": data.fps if section.fps is None else section.fps,
+        "fps": frame_rate(recipe),
         "precision": recipe.precision,
         "backend": recipe.models[role].backend if role in recipe.models else "auto",
     }
@@ -78,6 +77,18 @@ def sample_options(document: Document, recipe: Recipe, role: str, overrides: Seq
     if problems:
         raise SpecError([changed.problem(("sampling", *p.path), p.message, p.hint) for p in problems])
     return options
+
+
+def frame_rate(recipe: Recipe) -> float:
+    """Pictures a second of the videos that a recipe's models make: as `sample` says, else as its data are shown.
+
+    Example:
+        >>> from sftk.spec.recipe import load_recipe
+        >>> frame_rate(load_recipe("recipes/digits/dmd.yaml")[-1].recipe)
+        8
+    """
+    fps = recipe.sample.fps
+    return source(recipe.data.use).shown_at(recipe.data.with_) if fps is None else fps
 
 
 def role_sampling(document: Document, recipe: Recipe, role: str) -> AnySampling:

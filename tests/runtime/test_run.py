@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from sftk.cli import main
 from sftk.errors import SftkError, SpecError
@@ -149,6 +150,21 @@ def test_the_student_is_judged_before_and_after(tiny, train):
     again = train(tiny("checkpoint", EVAL), "train.steps=2", resume=True).read("summary.json")
     rows = ("real", "student_before", "student_after")
     assert {name: again[name] for name in rows} == {name: summary[name] for name in rows}
+
+
+@pytest.mark.parametrize(("rate", "seconds"), [((), 6 * 0.12), (("sample.fps=5",), 6 * 0.2)])
+def test_videos_have_the_recipes_frame_rate(tiny, train, rate, seconds):
+    """A GIF counts hundredths of a second, of which digits at 8 pictures a second have 12 each."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train(tiny("checkpoint", EVAL), "train.steps=1", "eval.with.before=false", "track.tensorboard=true", *rate)
+    events = EventAccumulator(str(run.tensorboard(run.read("summary.json")["recipe"])))
+    events.Reload()
+    logged = events.Images("samples/student")[0].encoded_image_string
+    for gif in (io.BytesIO(logged), run.samples / "side_by_side.gif"):
+        with Image.open(gif) as image:
+            lasts = [frame.info["duration"] for frame in ImageSequence.Iterator(image)]
+        assert sum(lasts) == pytest.approx(1000 * seconds)
 
 
 def test_drift_along_the_long_rollout(tiny, train):
