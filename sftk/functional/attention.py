@@ -17,11 +17,14 @@ from sftk.core.numerics import rounds_as_with_gradient
 from sftk.errors import ShapeError, SpecError
 from sftk.functional.attention_spans import Spans, attention_by_spans, token_spans
 from sftk.functional.flash import flash_attention, flash_operators, has_flash, has_flash_4
+from sftk.functional.fp8_attention import fp8_attention
 from sftk.functional.layout import Layout, flex_mask, token_mask
 from sftk.functional.meta_attention import META_OP, SeenPairs, meta_attention
 from sftk.functional.split_kv import split_kv_attention
 
 Backend = Literal["auto", "sdpa", "sdpa_cudnn", "sdpa_flash", "math", "flex", "flash", "flash_split_kv"]
+Kernel = Backend | Literal["fp8"]
+"""What a call may ask for: a backend, or fp8 products (`fp8_attention`), which are no backend, since results differ."""
 Layouts = Literal["flex", "spans"]
 
 _KERNELS = {
@@ -70,7 +73,7 @@ def attention_mask(layout: Layout | None, tokens_per_frame: int, device: torch.d
     return token_mask(layout, tokens_per_frame, device)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Backend = "auto") -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Kernel = "auto") -> Tensor:
     """Softmax attention over tokens.
 
     Args:
@@ -81,7 +84,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Ba
             FlexAttention for masks, `flash` FlashAttention when it is installed, `flash_split_kv` its version 4 over halves of
             the keys where there is no gradient, for few queries (`split_kv_attention`). Those in `UNMASKED` need CUDA and
             half precision, and compute a layout in calls without a mask. `auto` is what suits the mask, and without one sdpa
-            or what `set_auto` says.
+            or what `set_auto` says. `fp8` is `fp8_attention`, without a mask and without gradient.
 
     Returns:
         [B, Lq, H, D], q's dtype.
@@ -102,10 +105,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Ba
         if not _exact:
             return attention_by_spans(q, k, v, mask, functools.partial(attention, backend=backend))
         mask = token_mask(mask.layout, mask.tokens_per_frame, q.device)
-    if mask is None:
-        backend = settled(backend, q.shape[1], k.shape[1], q.device, q.dtype)
     if q.is_meta and backend != "math":
         return meta_attention(q, k, v, mask)
+    if backend == "fp8":
+        if mask is not None or rounds_as_with_gradient():
+            raise SpecError(
+                "attention in fp8 takes no mask and has no gradient; call it under torch.no_grad(), or another backend"
+            )
+        return fp8_attention(q, k, v)
+    if mask is None:
+        backend = settled(backend, q.shape[1], k.shape[1], q.device, q.dtype)
     if backend in UNMASKED and (mask is not None or not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16)):
         found = f"{q.dtype} on {q.device.type}{'' if mask is None else ' with a mask'}"
         raise SpecError(

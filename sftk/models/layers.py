@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sftk.functional.attention import Backend, Mask, attention
+from sftk.functional.attention import Backend, Kernel, Mask, attention
 from sftk.functional.cache import LayerKV
 from sftk.functional.exchange import Exchange, OneRank
 from sftk.functional.packed import unpack
@@ -98,7 +98,7 @@ class Block(nn.Module):
         past_rope: tuple[Tensor, Tensor] | None,
         joint: bool,
         mask: Mask,
-        backend: Backend,
+        backend: Kernel,
         text_backend: Backend,
         keep_kv: bool,
         exchange: Exchange,

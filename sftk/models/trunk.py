@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from sftk.functional.attention import Backend, Mask
+from sftk.functional.attention import Backend, Kernel, Mask
 from sftk.functional.cache import LayerKV
 from sftk.functional.exchange import Exchange
 from sftk.functional.rooms import CachedKV
@@ -41,7 +41,7 @@ class BlockCall:
     past: tuple[tuple[CachedKV, ...], ...]
     joint: bool
     mask: Mask
-    backend: Backend
+    backend: Kernel
     text_backend: Backend
     keep_kv: bool
     exchange: Exchange

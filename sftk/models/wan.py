@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from sftk.core.numerics import rounds_as_with_gradient
 from sftk.errors import ShapeError
-from sftk.functional.attention import Backend, Mask, attention_mask, is_exact, settled
+from sftk.functional.attention import Backend, Kernel, Mask, attention_mask, is_exact, settled
 from sftk.functional.cache import KVCache, LayerKV, free_space
 from sftk.functional.cache_fit import check_cache
 from sftk.functional.exchange import Exchange, ExchangeFor, one_rank
@@ -36,6 +36,8 @@ class WanModel(nn.Module):
         config: its size.
         backend: attention backend, see `sftk.functional.attention`.
 
+    With `fp8_attention` set, self-attention without a mask and without gradient is `sftk.functional.fp8_attention`.
+
     Source: Wan 2.1, arXiv 2503.20314; per-frame timesteps as in CausVid, arXiv 2412.07772.
 
     Example:
@@ -50,6 +52,7 @@ class WanModel(nn.Module):
         super().__init__()
         self.config = config
         self.backend: Backend = backend
+        self.fp8_attention = False
         self.exchange: ExchangeFor = one_rank
         self.trunk: Trunk = run_blocks
         self.ops: BlockOps = PLAIN
@@ -209,15 +212,17 @@ class WanModel(nn.Module):
         batch, frames = latents.shape[:2]
         return free_space(cache, frames, batch=batch, tokens=tokens, dtype=self._product_dtype(latents.device))
 
-    def _backends(self, mask: Mask, latents: Tensor, tokens: int, cache: KVCache | None) -> tuple[Backend, Backend]:
+    def _backends(self, mask: Mask, latents: Tensor, tokens: int, cache: KVCache | None) -> tuple[Kernel, Backend]:
         """Of self-attention and of cross-attention; settled here, so that no compiled block asks how many keys there are."""
         device = latents.device
+        differentiated = rounds_as_with_gradient() or forward_ad._current_level >= 0 or is_exact()
+        fp8 = self.fp8_attention and mask is None and not differentiated
         if device.type != "cuda":
-            return self.backend, self.backend
+            return "fp8" if fp8 else self.backend, self.backend
         dtype = self._product_dtype(device)
         keys = tokens + (0 if cache is None else cache.frames * tokens // max(latents.shape[1], 1))
         own = self.backend if mask is not None else settled(self.backend, tokens, keys, device, dtype)
-        return own, settled(self.backend, tokens, self.config.text_len, device, dtype)
+        return "fp8" if fp8 else own, settled(self.backend, tokens, self.config.text_len, device, dtype)
 
     def _ops(self, latents: Tensor, tokens: int) -> BlockOps:
         """What computes between the products of a pass: `ops` where it can, and where it pays."""

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sftk.models.kernels.launch import programs_for
+from sftk.functional.kernels.launch import programs_for
 
 ROWS, COLUMNS, WARPS = 8, 256, 4
 """Of a tile: rows of 512 bytes in half precision."""

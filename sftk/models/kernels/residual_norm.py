@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sftk.models.kernels.launch import programs_for, warps_for
+from sftk.functional.kernels.launch import programs_for, warps_for
 
 ROWS = 4
 """Tokens of a program of the forward pass: one after the other, with their frame's gate, shift and scale in registers."""

@@ -1,0 +1,1 @@
+"""Triton kernels of the functional layer; nothing here is imported before it is asked for."""
