@@ -27,8 +27,9 @@ from elementwise import CACHED, seconds
 from torch import Tensor
 
 from sftk.functional.fp8_linear import fp8_product
+from sftk.functional.fp8_rounding import by_columns, by_rows
 from sftk.models.config import PRESETS
-from sftk.models.fp8_training import by_columns, by_rows, fp8_training_linear
+from sftk.models.fp8_training import fp8_training_linear
 from sftk.runtime.device import device_name, pick_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

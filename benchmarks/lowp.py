@@ -63,6 +63,7 @@ def settings(compiled: bool) -> dict[str, list[str]]:
         "full": compile_,
         "other": [*other, "compile=false"],
         "fp8_training": [*compile_, "lowp.training=fp8"],
+        "fp8_attention": [*compile_, "lowp.attention=fp8"],
         "fp8_student": [*compile_, "models.generator.lowp.linears=fp8"],
         "fp8_scores": [*compile_, "models.real_score.lowp.linears=fp8", "models.fake_score.lowp.linears=fp8"],
         "fp8": [*compile_, "lowp.linears=fp8"],

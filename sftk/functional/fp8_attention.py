@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +10,8 @@ from sftk.functional.packed import pack, unpack
 
 TILE = 128
 """Keys, and values, that share a scale in each head."""
+LEAST_DIM = 32
+"""Channels of a head at least, in powers of two."""
 
 
 @torch.library.custom_op("sftk::fp8_attention", mutates_args=())
@@ -52,16 +52,6 @@ def fp8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @fp8_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q.new_empty(q.shape)
-
-
-def can_attend(device: torch.device) -> bool:
-    """Whether the kernel's package is there; a CPU computes the reference.
-
-    Example:
-        >>> can_attend(torch.device("cpu"))
-        True
-    """
-    return device.type != "cuda" or importlib.util.find_spec("triton") is not None
 
 
 def _by_tiles(x: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sftk.functional.packed import Packed, pack, unpack
+from sftk.functional.fp8_rounding import fp8_gelu_rows, fp8_rows
+from sftk.functional.packed import Packed, unpack
 
 MULTIPLE = 16
 """Widths in and out of a layer that fp8 products take are multiples of this."""
@@ -24,12 +25,28 @@ def fp8_linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     Source: row-wise scaling, arXiv 2209.05433, section 3; PyTorch's scaled products.
 
     Example:
+        >>> from sftk.functional.packed import pack
         >>> x, weight = torch.ones(2, 16), torch.full((16, 16), 0.25)
         >>> fp8_linear(x, pack(weight, "fp8")).unique()
         tensor([4.])
     """
-    rows = pack(x.reshape(-1, x.shape[-1]).detach(), "fp8")
-    return fp8_product(rows, weight, bias).unflatten(0, x.shape[:-1])
+    return fp8_product(Packed(*fp8_rows(x.detach())), weight, bias).unflatten(0, x.shape[:-1])
+
+
+def fp8_gelu_linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    """`fp8_linear(gelu(x), weight, bias)`, GELU in its tanh form and rounded as it is computed.
+
+    Args and Returns: as for `fp8_linear`.
+
+    Source: as for `fp8_linear`; GELU, arXiv 1606.08415, section 2.
+
+    Example:
+        >>> from sftk.functional.packed import pack
+        >>> x, weight = torch.full((2, 16), 100.0), torch.full((16, 16), 0.25)
+        >>> fp8_gelu_linear(x, pack(weight, "fp8")).unique()
+        tensor([400.])
+    """
+    return fp8_product(Packed(*fp8_gelu_rows(x.detach())), weight, bias).unflatten(0, x.shape[:-1])
 
 
 def fp8_product(rows: Packed, weight: Packed, bias: Tensor | None = None) -> Tensor:
@@ -47,6 +64,7 @@ def fp8_product(rows: Packed, weight: Packed, bias: Tensor | None = None) -> Ten
     Source: row-wise scaling, arXiv 2209.05433, section 3; PyTorch's scaled products.
 
     Example:
+        >>> from sftk.functional.packed import pack
         >>> two, weight = pack(torch.full((1, 16), 2.0), "fp8"), pack(torch.ones(3, 16), "fp8")
         >>> fp8_product(two, weight, torch.ones(3))
         tensor([[33., 33., 33.]])

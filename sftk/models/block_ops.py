@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sftk.models.held_linear import HeldLinear
 from sftk.models.linear_gelu import linear_gelu
 from sftk.models.precision import upcast
 from sftk.models.rope import rotate
@@ -46,6 +47,13 @@ class BlockOps:
     def linear_gelu(self, layer: nn.Module, x: Tensor) -> Tensor:
         """`gelu(layer(x))`, GELU in its tanh form."""
         return linear_gelu(layer, x)
+
+    def feed_forward(self, ffn: nn.Sequential, x: Tensor) -> Tensor:
+        """Both linear layers, GELU between them."""
+        first, _, last = ffn
+        if isinstance(last, HeldLinear) and last.takes_gelu:
+            return last.after_gelu(first(x))
+        return last(self.linear_gelu(first, x))
 
 
 PLAIN = BlockOps()

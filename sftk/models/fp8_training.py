@@ -8,102 +8,14 @@ scales stay as they are instead of going down to powers of two.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sftk.functional.fp8_linear import fp8_product
-from sftk.functional.packed import DTYPES, Packed, pack
-
-
-@functools.cache
-def _kernels() -> Any:
-    """The Triton kernels that round, or None where there is no Triton."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from sftk.models.kernels import fp8_rounding
-
-    return fp8_rounding
-
-
-def by_rows(values: Tensor) -> Packed:
-    """Rounds to fp8 with a scale for each row: on CUDA by one kernel, elsewhere (and without Triton) by `pack`.
-
-    Args:
-        values: [M, K], floating-point.
-
-    Returns:
-        Codes [M, K]; scales [M, 1], float32 on CUDA, float32 at least elsewhere.
-
-    Source: row-wise scaling, arXiv 2209.05433, section 3.
-
-    Example:
-        >>> by_rows(torch.tensor([[896.0, 2.0]])).codes.float()
-        tensor([[448.,   1.]])
-    """
-    if values.is_cuda and (kernels := _kernels()) is not None:
-        return kernels.round_rows(values)
-    return _packed(values)
-
-
-def by_columns(values: Tensor) -> Packed:
-    """`by_rows` of the transpose, which is not made on CUDA.
-
-    Args:
-        values: [N, K], floating-point.
-
-    Returns:
-        Codes [K, N], contiguous; scales [K, 1].
-
-    Source: row-wise scaling, arXiv 2209.05433, section 3.
-
-    Example:
-        >>> by_columns(torch.tensor([[896.0, 2.0]])).codes.float().tolist()
-        [[448.0], [448.0]]
-    """
-    if values.is_cuda and (kernels := _kernels()) is not None:
-        return kernels.round_columns(values)
-    return _packed(values.t().contiguous())
-
-
-def _packed(values: Tensor) -> Packed:
-    rows = pack(values, "fp8")
-    return Packed(rows.codes, rows.scale.to(_scales(values)))
-
-
-def _scales(values: Tensor) -> torch.dtype:
-    """float32, as products on a GPU take it; the reference computes float64 in float64."""
-    return torch.float32 if values.is_cuda else torch.promote_types(values.dtype, torch.float32)
-
-
-@torch.library.custom_op("sftk::fp8_rows", mutates_args=())
-def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounds tokens to fp8. An operator apart from the product: where several layers take one input, a compiler rounds once.
-
-    Args:
-        x: [..., K], floating-point.
-
-    Returns:
-        codes: [M, K] float8_e4m3fn, M tokens. scale: [M, 1] float32; on a CPU x's dtype if that is wider.
-
-    Source: row-wise scaling, arXiv 2209.05433, section 3.
-
-    Example:
-        >>> codes, scale = fp8_rows(torch.tensor([[896.0, 2.0]]))
-        >>> codes.float(), scale
-        (tensor([[448., 1.]]), tensor([[2.]]))
-    """
-    rows = by_rows(x.flatten(0, -2))
-    return rows.codes, rows.scale
-
-
-@fp8_rows.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    flat = x.flatten(0, -2)
-    return flat.new_empty(flat.shape, dtype=DTYPES["fp8"]), flat.new_empty((flat.shape[0], 1), dtype=_scales(x))
+from sftk.functional.fp8_rounding import by_columns, by_rows, fp8_rows
+from sftk.functional.packed import Packed
 
 
 @torch.library.custom_op("sftk::fp8_linear", mutates_args=())

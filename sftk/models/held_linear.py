@@ -56,6 +56,15 @@ class HeldLinear(nn.Linear, ABC):
             return fp8_training_linear(x, self.weight, bias)
         return F.linear(x, self.weight, bias)
 
+    @property
+    def takes_gelu(self) -> bool:
+        """Whether a call now computes GELU, too, where it reads its input: `after_gelu`."""
+        return False
+
+    def after_gelu(self, x: Tensor) -> Tensor:
+        """What the layer returns for `gelu(x)`, GELU in its tanh form."""
+        return self(F.gelu(x, approximate="tanh"))
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Makes what is held anew if the weight was changed since the last time."""

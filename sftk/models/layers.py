@@ -131,7 +131,7 @@ class Block(nn.Module):
         found = attention(queries, text_kv[0].to(queries.dtype), text_kv[1].to(queries.dtype), backend=text_backend)
         x, y = ops.added_modulated(x, self.cross_attn.o(found.flatten(2)), shift2, scale2, self.eps)
 
-        x = gated(x, self.ffn[2](ops.linear_gelu(self.ffn[0], y)), gate2)
+        x = gated(x, ops.feed_forward(self.ffn, y), gate2)
         return x, ((stored, v, *text_kv) if keep_kv else None)
 
 

@@ -190,7 +190,7 @@ def _build(stage: Stage, role: str, weights: Path | None, mesh: Mesh, device: to
         wrap=wrap,
         here=lambda tensor: (local(tensor), rows(tensor)),
     )
-    _fuse(module, recipe, device)
+    _equip(module, recipe, role, device)
     replayed = isinstance(module, WanModel) and sharding is None and mesh.sequence_group is None
     return replay_passes(module) if replayed and replays_passes(recipe, device) else module
 
@@ -209,7 +209,7 @@ def _copy(stage: Stage, role: str, source: nn.Module, mesh: Mesh) -> nn.Module:
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
             local(tensor).copy_(local(given[name]))
-    _fuse(module, recipe, parameter.device)
+    _equip(module, recipe, role, parameter.device)
     return module.requires_grad_(False).eval()
 
 
@@ -238,14 +238,17 @@ def _linears(recipe: Recipe, role: str, module: nn.Module, *, sharded: bool) -> 
     """The module, whose layers compute in fp8, or without gradient with weights held in bfloat16, where they are to."""
     section = recipe.models[role]
     half, lowp = holds_half(recipe, role), section.lowp.over(recipe.lowp)
-    if section.size is not None and lowp.fp8:
+    if section.size is not None and lowp.fp8_layers:
         return use_fp8(module, hold=not sharded and (half or lowp.linears == "fp8"), lowp=lowp)
     return hold_linears(module, HalfLinear) if half and not sharded else module
 
 
-def _fuse(module: nn.Module, recipe: Recipe, device: torch.device) -> None:
-    """Gives a backbone the Triton kernels, where they are to be used."""
-    if isinstance(module, WanModel) and fuses(recipe, device):
+def _equip(module: nn.Module, recipe: Recipe, role: str, device: torch.device) -> None:
+    """Gives a backbone the Triton kernels, and attention in fp8, where they are to be used."""
+    if not isinstance(module, WanModel):
+        return
+    module.fp8_attention = recipe.models[role].lowp.over(recipe.lowp).attention == "fp8"
+    if fuses(recipe, device):
         from sftk.models.kernels.block_ops import TritonOps
 
         module.ops = TritonOps()

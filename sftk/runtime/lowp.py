@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from sftk.errors import Problem, ShapeError, SpecError
-from sftk.functional.fp8_linear import fp8_linear
+from sftk.functional.fp8_linear import fp8_gelu_linear, fp8_linear
 from sftk.functional.packed import Packed, pack
 from sftk.models.held_linear import HalfLinear, HeldLinear, hold_linears
 from sftk.spec.lowp import LowpSection
@@ -53,11 +55,20 @@ class Fp8Linear(HeldLinear):
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not self.without_gradient:
             return self.product(x, self.bias)
+        return self._rounded(fp8_linear, x)
+
+    @property
+    def takes_gelu(self) -> bool:
+        return self.without_gradient
+
+    def after_gelu(self, x: Tensor) -> Tensor:
+        return self._rounded(fp8_gelu_linear, x) if self.without_gradient else super().after_gelu(x)
+
+    def _rounded(self, product: Callable[[Tensor, Packed, Tensor | None], Tensor], x: Tensor) -> Tensor:
         weight = pack(self.weight, "fp8") if self.held is None else self.held
         kind = x.device.type
-        return fp8_linear(x, weight, self.bias).to(
-            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        )
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return product(x, weight, self.bias).to(dtype)
 
     def release(self) -> None:
         """Keeps the weight in fp8 alone."""
@@ -122,13 +133,18 @@ def check_fp8(recipe: Recipe, device: torch.device) -> None:
         >>> from sftk.spec.recipe import load_recipe
         >>> check_fp8(load_recipe("recipes/dmd.yaml", ["lowp.linears=fp8"])[0].recipe, torch.device("cpu"))
     """
-    asked = [role for role, model in recipe.models.items() if model.size is not None and model.lowp.over(recipe.lowp).fp8]
+    asked = {role: model.lowp.over(recipe.lowp).fp8 for role, model in recipe.models.items() if model.size is not None}
+    asked = {role: keys for role, keys in asked.items() if keys}
     if not asked or device.type != "cuda":
         return
+    key = next(iter(asked.values()))[0]
+    names, instead = ", ".join(asked), f"{key}: full"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < CAPABILITY:
         name = torch.cuda.get_device_name(device)
-        message = f"{', '.join(asked)} would compute in fp8, which {name} (compute capability {major}.{minor}) does not do"
-        key = recipe.models[asked[0]].lowp.over(recipe.lowp).fp8[0]
-        hint = f"take a GPU of 8.9 or above, such as an H100, or {key}: full"
+        message = f"{names} would compute in fp8, which {name} (compute capability {major}.{minor}) does not do"
+        hint = f"take a GPU of 8.9 or above, such as an H100, or {instead}"
         raise SpecError([Problem(path=("lowp", key), message=message, hint=hint)])
+    if any("attention" in keys for keys in asked.values()) and importlib.util.find_spec("triton") is None:
+        message = "attention in fp8 is a kernel in Triton, and the package triton is not installed"
+        raise SpecError([Problem(path=("lowp", "attention"), message=message, hint="install triton, or attention: full")])

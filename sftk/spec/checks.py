@@ -15,6 +15,7 @@ from sftk.data.choices import Choice, choice_findings
 from sftk.data.codecs import CODECS, make_codec
 from sftk.data.sources import SOURCES, data_keys, data_problems
 from sftk.errors import DataError, Problem, SpecError, did_you_mean
+from sftk.functional.fp8_attention import LEAST_DIM
 from sftk.functional.fp8_linear import MULTIPLE
 from sftk.models.branch import ClassifierBranch
 from sftk.spec.arrangement import sequence_problems
@@ -107,9 +108,15 @@ class Checks:
                 fix = f"take a multiple of {rows} for latents.height and of {columns} for latents.width"
                 self._say(("models", role, "size"), message, fix)
             wide = {name: size for name in ("dim", "ffn_dim") if (size := getattr(model.config, name)) % MULTIPLE}
-            for key in model.lowp.over(recipe.lowp).fp8 if wide else ():
+            for key in model.lowp.over(recipe.lowp).fp8:
                 place = ("models", role, "lowp") if getattr(model.lowp, key) else ("lowp", key)
-                self._say(place, f"fp8 products take widths that {MULTIPLE} divides, {role!r} has {wide}", f"use {key}: full")
+                dim = model.config.head_dim
+                if key == "attention" and (dim < LEAST_DIM or dim & (dim - 1)):
+                    message = f"attention in fp8 takes heads of a power of two channels from {LEAST_DIM} on, {role!r} has {dim}"
+                    self._say(place, message, "use attention: full")
+                elif key != "attention" and wide:
+                    message = f"fp8 products take widths that {MULTIPLE} divides, {role!r} has {wide}"
+                    self._say(place, message, f"use {key}: full")
             self._weights(role, model.weights)
         for role in recipe.ema:
             if role not in models:

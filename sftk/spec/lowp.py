@@ -25,11 +25,13 @@ class LowpSection:
             samples. A model may say otherwise for itself, see `ModelLowp`.
         training: these layers in calls with gradient: their product and the gradient of their input. The gradients of their
             weights are computed as they were.
+        attention: self-attention of the backbones in calls without gradient and without a mask: both of its products.
         kv_cache: what the phases' parameter `kv_cache` is where they do not bind it.
     """
 
     linears: Products = "full"
     training: Products = "full"
+    attention: Products = "full"
     kv_cache: Storage = "full"
 
     @property
@@ -44,13 +46,18 @@ class LowpSection:
 
     @property
     def fp8(self) -> tuple[str, ...]:
-        """Which of `linears` and `training` ask for products in fp8.
+        """Which of the keys ask for products in fp8.
 
         Example:
-            >>> LowpSection(training="fp8").fp8
-            ('training',)
+            >>> LowpSection(training="fp8", attention="fp8").fp8
+            ('training', 'attention')
         """
-        return tuple(key for key in ("linears", "training") if getattr(self, key) == "fp8")
+        return tuple(key for key in ("linears", "training", "attention") if getattr(self, key) == "fp8")
+
+    @property
+    def fp8_layers(self) -> bool:
+        """Whether linear layers are to compute in fp8."""
+        return "fp8" in (self.linears, self.training)
 
 
 def gradient_roles(graph: Graph | Fold) -> set[str]:
@@ -75,11 +82,12 @@ class ModelLowp:
     """What one model does otherwise than the recipe's `lowp`; null takes what that says.
 
     Args:
-        linears, training: see `LowpSection`.
+        linears, training, attention: see `LowpSection`.
     """
 
     linears: Products | None = None
     training: Products | None = None
+    attention: Products | None = None
 
     def over(self, section: LowpSection) -> LowpSection:
         """What holds for the model.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sftk.functional.kernels.fp8_rounding import round_columns, round_rows
 from sftk.functional.packed import pack
-from sftk.models.kernels.fp8_rounding import round_columns, round_rows
 
 
 def representable(rows: int, columns: int, device: torch.device) -> Tensor:

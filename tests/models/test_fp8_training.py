@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sftk.core.numerics import as_with_gradient
 from sftk.functional.attention import exact_derivatives
+from sftk.functional.fp8_rounding import fp8_rows
 from sftk.models import fp8_training
-from sftk.models.fp8_training import fp8_rows, fp8_training_linear
+from sftk.models.fp8_training import fp8_training_linear
 from sftk.models.held_linear import HalfLinear, hold_linears
 from sftk.models.linear_gelu import linear_gelu
 from sftk.runtime.parallelize import parallelize

@@ -90,8 +90,10 @@ def test_calls_with_gradient_are_as_they_were():
 
 @pytest.mark.parametrize("hold", [True, False])
 def test_every_layer_of_the_blocks_is_rounded_in_calls_without(hold, monkeypatch):
-    calls, inner = [], lowp.fp8_linear
-    monkeypatch.setattr(lowp, "fp8_linear", lambda *arguments: (calls.append(1), inner(*arguments))[1])
+    calls = []
+    for name in ("fp8_linear", "fp8_gelu_linear"):
+        inner = getattr(lowp, name)
+        monkeypatch.setattr(lowp, name, lambda *arguments, inner=inner: (calls.append(1), inner(*arguments))[1])
     plain, model = random_model(), use_fp8(random_model(), hold=hold)
     with torch.no_grad():
         exact, found = plain(*ARGUMENTS)[0], model(*ARGUMENTS)[0]

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sftk.functional.kernels.launch import warps_for
 from sftk.functional.packed import DTYPES, LARGEST, SMALLEST_SCALE, Packed
-from sftk.models.kernels.launch import warps_for
 
 TILE = (128, 64)
 """Rows and columns of a tile that is turned: it writes 128 codes of each column in one piece."""
@@ -20,12 +20,16 @@ CHUNKS = 16
 @triton.jit
 def _by_row(
     values, codes, scales, largest, smallest,
-    width: tl.constexpr, WIDTH: tl.constexpr,
+    width: tl.constexpr, WIDTH: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     channel = tl.arange(0, WIDTH)
     at = row.to(tl.int64) * width + channel
     value = tl.load(values + at, channel < width, 0.0).to(tl.float32)
+    if GELU:
+        # (1 + tanh u) / 2 is the logistic function of 2 u, u = sqrt(2 / pi) (z + 0.044715 z^3).
+        value = value / (1 + tl.exp(-1.5957691216057308 * value * (1 + 0.044715 * value * value)))
+        value = value.to(values.dtype.element_ty).to(tl.float32)
     scale = tl.maximum(tl.div_rn(tl.max(tl.abs(value), 0), largest), smallest)
     tl.store(codes + at, (value * tl.div_rn(1.0, scale)).to(codes.dtype.element_ty), channel < width)
     tl.store(scales + row, scale)
@@ -65,13 +69,14 @@ def _turned(
     tl.store(scales + column, scale, (column < width) & (tl.program_id(1) == 0))
 
 
-def round_rows(values: Tensor, *, warps: int = 0) -> Packed:
+def round_rows(values: Tensor, *, gelu: bool = False, warps: int = 0) -> Packed:
     """What `pack(values, "fp8")` gives, but for values that lie between two codes to float32's rounding.
 
     Each value is read once.
 
     Args:
         values: [M, K], floating-point.
+        gelu: round `gelu(values)`, in its tanh form.
         warps: of a program, which has a row; 0 are chosen by the width.
 
     Returns:
@@ -82,9 +87,8 @@ def round_rows(values: Tensor, *, warps: int = 0) -> Packed:
     values = values.contiguous()
     rows, width = values.shape
     found, tile = _empty(rows, width, values), triton.next_power_of_2(width)
-    _by_row[(rows,)](
-        values, *found[:2], LARGEST["fp8"], SMALLEST_SCALE, width=width, WIDTH=tile, num_warps=warps or warps_for(tile)
-    )  # fmt: skip
+    sizes = {"width": width, "WIDTH": tile, "GELU": gelu, "num_warps": warps or warps_for(tile)}
+    _by_row[(rows,)](values, *found[:2], LARGEST["fp8"], SMALLEST_SCALE, **sizes)
     return found
 
 
