@@ -6,9 +6,12 @@ import importlib.util
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sftk.core.graph import Graph
+from sftk.functional.fp8_attention import fp8_attention
 from sftk.functional.fp8_linear import fp8_linear
+from sftk.functional.fp8_rounding import fp8_gelu_rows, fp8_rows
 from sftk.functional.keys import Key
 from sftk.functional.packed import pack
 from sftk.models import WanConfig, WanModel
@@ -57,6 +60,36 @@ def test_kernels_round_as_the_reference(sizes, dtype):
     of_rows = torch.logspace(-6, 2, sizes[0], device=device)[:, None]
     check_rounding((torch.randn(sizes, device=device) * of_rows).to(dtype), exact=False)
     check_rounding(torch.zeros(sizes, device=device, dtype=dtype), exact=True)
+
+
+@pytest.mark.parametrize("sizes", [(4680, 8960), (100, 64)])
+def test_gelu_is_rounded_as_it_is_computed(sizes):
+    torch.manual_seed(0)
+    x = torch.randn(sizes, device="cuda").bfloat16()
+    (codes, scale), (other, other_scale) = fp8_gelu_rows(x), fp8_rows(F.gelu(x, approximate="tanh"))
+    torch.testing.assert_close(scale, other_scale, rtol=0.01, atol=0)
+    one, two = codes.float() * scale, other.float() * other_scale
+    assert (one - two).norm() / two.norm() < 0.01
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys", "heads", "dim"),
+    [(1, 4680, 9360, 12, 128), (2, 300, 1000, 3, 64), (1, 100, 128, 2, 32), (1, 64, 5, 1, 128), (1, 2000, 2048, 2, 128)],
+)
+def test_attention_is_the_reference(batch, queries, keys, heads, dim, compiled):
+    """The kernel against the same rounding on the CPU, whose probabilities are not rounded, and against exact attention."""
+    torch.manual_seed(0)
+    ramp = torch.linspace(0.1, 2, keys)[None, :, None, None]
+    q, k, v = (torch.randn(batch, length, heads, dim) for length in (queries, keys, keys))
+    q, k, v = (x.bfloat16() for x in (q, k * ramp, v / ramp))
+    with torch.no_grad():
+        reference = fp8_attention(*(x.float() for x in (q, k, v)))
+        exact = F.scaled_dot_product_attention(*(x.transpose(1, 2).float() for x in (q, k, v))).transpose(1, 2)
+        call = torch.compile(fp8_attention, fullgraph=True) if compiled else fp8_attention
+        found = call(*(x.cuda() for x in (q, k, v))).cpu().float()
+    assert (found - reference).norm() / reference.norm() < 0.05
+    assert (found - exact).norm() / exact.norm() < 0.1
 
 
 @pytest.mark.parametrize("mode", ["eager", "aot_eager", "inductor"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sftk.functional.kernels.fp8_rounding import round_columns, round_rows
 from sftk.functional.packed import pack
 
 
@@ -20,6 +19,8 @@ def representable(rows: int, columns: int, device: torch.device) -> Tensor:
 
 def check_rounding(values: Tensor, *, exact: bool) -> None:
     """Scales are those of `pack`, by rows and by columns; codes too, but for values between two codes to float32's rounding."""
+    from sftk.functional.kernels.fp8_rounding import round_columns, round_rows  # triton, where it is there
+
     for found, reference in ((round_rows(values), pack(values, "fp8")), (round_columns(values), pack(values.t(), "fp8"))):
         assert found.codes.is_contiguous()
         assert found.scale.dtype == torch.float32
