@@ -64,15 +64,19 @@ def _check(
 ) -> None:
     from sftk.runtime.evaluators import evaluation_problems
     from sftk.spec.recipe import find_document, is_study, load_recipe
+    from sftk.spec.stores import check_stores
     from sftk.spec.study import load_study
     from sftk.spec.wording import counted
 
     if not is_study(find_document(recipe)[1]):
-        for stage in load_recipe(recipe, overrides, check=evaluation_problems):
+        stages = load_recipe(recipe, overrides, check=evaluation_problems)
+        check_stores(stages)
+        for stage in stages:
             _print(console, stage.name, stage, shapes)
             _print_ranks(console, stage, ranks, node)
         return
     study = load_study(recipe, overrides, check=evaluation_problems)
+    check_stores(row.stage for row in study.rows)
     for row in study.rows:
         seeds = f"seed{'s' * (len(row.seeds) > 1)} {', '.join(map(str, row.seeds))}"
         _print(console, f"{row.name}, {seeds}", row.stage, shapes)

@@ -96,9 +96,12 @@ def _launch(recipe: str, overrides: tuple[str, ...], run_dir: Path | None, flags
     from sftk.runtime.rundir import RunDir, open_run
     from sftk.spec.rank_checks import check_ranks
     from sftk.spec.recipe import load_recipe
+    from sftk.spec.stores import check_stores
 
-    for stage in load_recipe(recipe, overrides, check=evaluation_problems):
+    stages = load_recipe(recipe, overrides, check=evaluation_problems)
+    for stage in stages:
         check_ranks(stage, options.ranks, options.nproc)
+    check_stores(stages)
     if options.nnodes == 1:
         run = open_run(Path(recipe).stem, run_dir, "--resume" in flags)
     else:

@@ -56,6 +56,26 @@ class LatentStore:
         Raises:
             DataError: there is no store, a shard is truncated, foreign or of another shape, or no record is left.
         """
+        found = cls.glance(path, skip_bad=skip_bad)
+        bad = list(found.bad)
+        places = _good_places(found.shards, bad) if skip_bad else None
+        store = attrs.evolve(found, places=places, bad=tuple(bad))
+        if len(store) == 0:
+            reasons = "".join(f"\n  {reason}" for reason in bad)
+            raise DataError(f"{path} holds no usable record{':' if bad else ''}{reasons}")
+        return store
+
+    @classmethod
+    def glance(cls, path: str | Path, *, skip_bad: bool = False) -> LatentStore:
+        """What a store's shards say of themselves; no record is looked at, and there may be none.
+
+        Args:
+            path: see `open`.
+            skip_bad: leave out shards that cannot be used, and list them in `bad`.
+
+        Raises:
+            DataError: there is no store, or a shard is truncated, foreign or of another shape.
+        """
         path = Path(path)
         headers: list[Header] = []
         bad: list[str] = []
@@ -74,12 +94,7 @@ class LatentStore:
                 bad.append(str(error))
                 continue
             headers.append(header)
-        places = _good_places(headers, bad) if skip_bad else None
-        store = cls(path=path, shards=tuple(headers), places=places, bad=tuple(bad))
-        if len(store) == 0:
-            reasons = "".join(f"\n  {reason}" for reason in bad)
-            raise DataError(f"{path} holds no usable record{':' if bad else ''}{reasons}")
-        return store
+        return cls(path=path, shards=tuple(headers), bad=tuple(bad))
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:

@@ -11,7 +11,8 @@ import attrs
 
 from sftk.data.choices import Choice, FilePath, Finding
 from sftk.data.embedders import text_shapes
-from sftk.data.stored import StoredLatents, StoredPairs
+from sftk.data.lmdb_layout import is_environment
+from sftk.data.stored import StoredLatents, StoredPairs, check_stored
 from sftk.errors import DataError, SftkError
 from sftk.functional.schedule import TIMESTEPS, inference_timesteps, unshift_sigma, warp_steps
 
@@ -186,6 +187,23 @@ def pairs_shapes(plan: PairPlan, *, frames: int, channels: int, height: int, wid
     """Shapes of a sample's tensors, known without the store."""
     clip = (frames, channels, height, width)
     return {"ode_latents": (len(plan.keep), *clip), "latents": clip, **text_shapes(plan.text)}
+
+
+def check_pairs(plan: PairPlan, *, frames: int, channels: int, height: int, width: int) -> None:
+    """Checks pairs that are there already against a recipe's latents, by what their shards say of themselves.
+
+    Raises:
+        DataError: the store cannot be used, or holds latents of another size or another number of states.
+    """
+    shape: dict[str, Any] = {"frames": frames, "channels": channels, "height": height, "width": width}
+    path, made_here = Path(plan.path), plan.teacher is not None
+    if made_here and not is_environment(path):
+        # Shards that another process is just making, or that one left half made, are no mistake: the stage makes them.
+        for folder in (plan.folder(shard) for shard in range(plan.shards)):
+            if is_environment(folder):
+                check_stored(path=str(folder), steps=len(plan.keep), skip_bad=True, **shape)
+        return
+    check_stored(path=plan.path, steps=len(plan.keep), skip_bad=plan.skip_bad, **shape)
 
 
 def plan_findings(plan: PairPlan) -> Iterator[Finding]:

@@ -17,10 +17,10 @@ from sftk.data.digits import DigitClips, collate, embed_prompts
 from sftk.data.embedders import EMBEDDERS, make_embedder
 from sftk.data.image_captions import ImageCaptions, image_shapes
 from sftk.data.latent_sizes import AXES, say_latents
-from sftk.data.ode_pairs import PairPlan, open_pairs, pairs_shapes, plan_findings
+from sftk.data.ode_pairs import PairPlan, check_pairs, open_pairs, pairs_shapes, plan_findings
 from sftk.data.prompts import Prompts, prompts_shapes
 from sftk.data.random_clips import RandomClips
-from sftk.data.stored import StoredLatents, latents_shapes
+from sftk.data.stored import StoredLatents, check_stored, latents_shapes
 from sftk.errors import DataError, SpecError, did_you_mean
 
 TEXT_KEYS = ("prompt_embeds", "negative_embeds")
@@ -48,6 +48,7 @@ class DataSource:
         shapes: `shapes(frames=..., channels=..., height=..., width=..., **options)` gives the shapes of a sample's tensors
             without reading anything; None when making a sample is cheap.
         findings: what is wrong with `settings` besides the types of its values.
+        files: takes what `shapes` takes, and raises a DataError when files that are there do not fit, as far as a glance shows.
     """
 
     make: Callable[..., Any]
@@ -62,6 +63,7 @@ class DataSource:
     settings: type[Any] | None = None
     shapes: Callable[..., dict[str, tuple[int, ...]]] | None = None
     findings: Callable[[Any], Iterator[Finding]] | None = None
+    files: Callable[..., None] | None = None
 
     def build(self, *, frames: int, channels: int, height: int, width: int, seed: int, options: Mapping[str, Any]) -> Any:
         """The data set for latents of this size.
@@ -84,6 +86,24 @@ class DataSource:
         if self.settings is not None:
             return self.shapes(call("data", self.settings, options), **shape)
         return self.shapes(**shape, **options)
+
+    def check_files(self, *, frames: int, channels: int, height: int, width: int, options: Mapping[str, Any]) -> None:
+        """Looks at the files that the options name, without reading a sample.
+
+        Raises:
+            DataError: they hold something else than a recipe of this size asks for.
+
+        Example:
+            >>> options = {"path": "specs", "text": "digits"}
+            >>> source("latents").check_files(frames=2, channels=4, height=8, width=8, options=options)
+            Traceback (most recent call last):
+            sftk.errors.DataError: specs holds no LMDB: neither it nor a folder in it has a data.mdb
+        """
+        shape = {"frames": frames, "channels": channels, "height": height, "width": width}
+        if self.files is not None and self.settings is not None:
+            self.files(call("data", self.settings, options), **shape)
+        elif self.files is not None:
+            self.files(**shape, **options)
 
     def for_options(self, options: Mapping[str, Any]) -> DataSource:
         """This data set with the embedder and the codec that its options name.
@@ -135,7 +155,9 @@ SOURCES: dict[str, DataSource] = {
         needs_shape=True,
     ),
     "prompts": DataSource(make=Prompts, keys=TEXT_KEYS, shapes=prompts_shapes),
-    "latents": DataSource(make=StoredLatents, keys=("latents", *TEXT_KEYS), needs_shape=True, shapes=latents_shapes),
+    "latents": DataSource(
+        make=StoredLatents, keys=("latents", *TEXT_KEYS), needs_shape=True, shapes=latents_shapes, files=check_stored
+    ),
     "image_captions": DataSource(
         make=ImageCaptions, keys=("initial_latents", *TEXT_KEYS), needs_shape=True, shapes=image_shapes, encodes=True
     ),
@@ -146,6 +168,7 @@ SOURCES: dict[str, DataSource] = {
         settings=PairPlan,
         shapes=pairs_shapes,
         findings=plan_findings,
+        files=check_pairs,
     ),
 }
 """Data sets by name; a plugin may add its own."""

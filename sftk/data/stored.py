@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -95,8 +96,7 @@ class StoredPairs:
 
     def __attrs_post_init__(self) -> None:
         store = self.data.store
-        if store.shape[0] != self.steps:
-            raise DataError(f"the records of {store.path} hold {store.shape[0]} states, `keep` lists {self.steps}")
+        _check_states(store, self.steps)
         if self.size is not None and len(store) < self.size and not store.bad:
             raise DataError(
                 f"{store.path} holds {len(store)} ODE pairs, the recipe asks for {self.size}; "
@@ -121,3 +121,44 @@ def latents_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of a sample's tensors, known without the store."""
     return {"latents": (frames, channels, height, width), **text_shapes(text)}
+
+
+def check_stored(
+    *,
+    path: str,
+    frames: int,
+    channels: int,
+    height: int,
+    width: int,
+    skip_bad: bool = False,
+    steps: int | None = None,
+    **_: Any,
+) -> None:
+    """Checks what a store says of itself against a recipe; no record is read. One that is not there yet is not looked at.
+
+    Args:
+        steps: states of a record, S; None takes any number.
+
+    Raises:
+        DataError: the store cannot be used, or holds latents of another size.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from sftk.data.lmdb_store import write_store
+        >>> path = tempfile.mkdtemp() + "/store"
+        >>> write_store(path, [(torch.ones(2, 4, 8, 8), "a 3 moving left")])
+        >>> check_stored(path=path, frames=2, channels=4, height=8, width=8)
+    """
+    if not Path(path).exists():
+        return
+    store = LatentStore.glance(path, skip_bad=skip_bad)
+    if not store.shards:
+        return
+    if steps is not None:
+        _check_states(store, steps)
+    check_latents(store, (frames, channels, height, width))
+
+
+def _check_states(store: LatentStore, steps: int) -> None:
+    if store.shape[0] != steps:
+        raise DataError(f"the records of {store.path} hold {store.shape[0]} states, `keep` lists {steps}")

@@ -20,6 +20,7 @@ from sftk.spec.arrangement import least_ranks
 from sftk.spec.fetch import NamedFile, how_to_get, recipe_files
 from sftk.spec.readers import Reader, recipe_readers
 from sftk.spec.recipe import Stage
+from sftk.spec.stores import store_problems
 
 LIBRARIES = ("torch", "tensordict", "safetensors", "lmdb", "av", "transformers", "diffusers", "torchao", "huggingface_hub")
 """What runs use; the last four only where a recipe asks for it."""
@@ -52,6 +53,7 @@ def examine(stage: Stage) -> Iterator[Finding]:
         yield _file(file, stage)
     for reader in recipe_readers(stage.recipe):
         yield from _reader(reader, stage)
+    yield from (Finding(kind="missing", text=f"data: {problem}") for problem in store_problems(stage))
     yield Finding(kind="ok", text=_libraries())
     yield from _devices(stage)
 

@@ -12,6 +12,7 @@ from sftk.runtime.ode_pairs import make_pairs, pair_job
 from sftk.runtime.progress import TrainingProgress
 from sftk.spec.fetch import require_files
 from sftk.spec.recipe import Stage, load_recipe
+from sftk.spec.stores import check_stores
 
 
 def prepare_ode_pairs(stage: Stage, progress: TrainingProgress) -> None:
@@ -65,5 +66,6 @@ def prepare_recipe(recipe: str | Path, overrides: Sequence[str] = (), progress: 
         raise SpecError(
             f"{recipe} reads the data set {found}, which needs nothing made; expected data: {{use: ode_pairs, ...}}"
         )
+    check_stores(asking)
     for stage in asking:
         prepare_data(stage, progress or TrainingProgress(enabled=False))

@@ -38,6 +38,7 @@ from sftk.spec.convert import unstructure
 from sftk.spec.dump import dump_yaml
 from sftk.spec.rank_checks import check_ranks
 from sftk.spec.recipe import FROM_PYTHON, Stage, load_recipe
+from sftk.spec.stores import check_stores
 
 
 def run_recipe(
@@ -68,7 +69,7 @@ def run_recipe(
         The run's folder.
 
     Raises:
-        SpecError: the recipe is wrong; nothing was written.
+        SpecError: the recipe is wrong, or a stage's data are of another size; nothing was written.
         CheckpointError: the recipe is another one than that of the run to resume; nothing was written.
         NonFiniteError: a loss became NaN or infinite.
         DistributedError: a process is missing.
@@ -80,6 +81,7 @@ def run_recipe(
     with joined(first.device, first.parallel.timeout) as world, ExitStack() as held:
         for stage in stages:
             check_ranks(stage, world.size, world.node)
+        world.told_by_first(lambda: check_stores(stages))
         resume = resume or max(world.gather(restarts())) > 0
 
         def open_folder() -> RunDir:

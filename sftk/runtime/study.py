@@ -21,6 +21,7 @@ from sftk.runtime.study_progress import StudyProgress, counts
 from sftk.runtime.study_report import write_study_report
 from sftk.runtime.study_summary import headline, write_summary
 from sftk.spec.dump import dump_yaml
+from sftk.spec.stores import check_stores
 from sftk.spec.study import load_study
 
 _POLL = 0.1
@@ -60,6 +61,7 @@ def run_study(
         StudyInterrupted: a signal stopped the study after its runs saved checkpoints.
     """
     study = load_study(path, overrides, check=evaluation_problems)
+    check_stores(row.stage for row in study.rows)
     folder = RunDir(run_dir or Path("runs") / study.name)
     if folder.recipe.exists():
         raise SftkError(f"{folder.root} holds a run of a recipe; take another --run-dir for the study")

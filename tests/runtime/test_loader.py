@@ -203,5 +203,6 @@ def test_a_store_of_another_size_than_the_recipe_s(tiny, train, store):
     said = (
         r"clips holds latents of \[6, 4, 8, 8\], the recipe says \[12, 4, 8, 8\] .*; set latents: {frames: 6, .*}.*, or name a"
     )
+    (stage,) = load_recipe(tiny(*change), ["latents.frames=12"])
     with pytest.raises(DataError, match=said):
-        train(tiny(*change), "latents.frames=12")
+        make_loader(stage.recipe)

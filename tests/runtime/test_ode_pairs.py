@@ -219,9 +219,9 @@ def test_other_settings_are_refused(recipe):
     for change, message in (
         ("seed=6", "seed was 5, is now 6"),
         ("solver.guidance=3.0", r"solver was \{'guidance': 2.0"),
-        ("keep=[1000, 500, 0]", r"holds records of \[5, 6, 4, 8, 8\], expected \[3, 6, 4, 8, 8\]|times was"),
+        ("keep=[1000, 500, 0]", "hold 5 states, `keep` lists 3"),
     ):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises((DataError, SpecError), match=message):
             prepare_recipe(recipe(), ["data.with.count=2", f"data.with.{change}"])
 
 
