@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Collection, Hashable
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import attrs
@@ -169,7 +169,7 @@ class GraphedTrunk:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
             # Other threads (of data loaders, checkpoints) may go on calling CUDA.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with _own_casts(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 out, kv, _ = run_blocks(blocks, x, call)
         except Exception as error:
             reason = str(error).strip().splitlines()[:1]
@@ -179,6 +179,23 @@ class GraphedTrunk:
             ) from error
         _captured += 1
         return _Recorded(graph, out, kv)
+
+
+@contextmanager
+def _own_casts() -> Iterator[None]:
+    """Within, weights are cast anew, and no cast stays behind: what is captured casts them each time that it is replayed.
+
+    Autocast keeps casts until the outermost one ends, which may be a caller's around many passes: one made before goes away
+    while a graph still reads it, and one made in a graph's memory holds nothing until the graph is replayed. Autocast's cache
+    is emptied, not turned off: compiled blocks are compiled for either, and this is no time to compile.
+
+    Source: https://docs.pytorch.org/docs/stable/amp.html#torch.autocast, `cache_enabled`.
+    """
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def _replayable(x: Tensor, call: BlockCall, wanted: Collection[int]) -> bool:

@@ -124,3 +124,42 @@ def test_other_addresses_are_other_graphs():
         assert torch.equal(cache.layer(1)[0], kept)
     assert len(model.trunk._graphs) <= MOST_GRAPHS
     release_room_memory()
+
+
+@pytest.mark.parametrize("first", ["within", "before"])
+def test_an_autocast_of_the_caller_around_several_passes(first):
+    """Casts of weights that it keeps are no part of a graph, from before the capture, and from the graph captured before.
+
+    Graphs that read them would go on with the weights as they were, or with whatever lies there after the autocast.
+    """
+    torch.manual_seed(0)
+    plain = WanModel(CONFIG).cuda()  # its linear layers hold no copies, so that autocast casts them
+    randomise_zeros(plain)
+    replaying = replay_passes(copy.deepcopy(plain))
+    values, lengths, before = given(0), (3, 6), captured_graphs()
+
+    def passed(model, frames, **more):
+        timestep = torch.full((1, frames), 500.0, device="cuda")
+        return Port(model, torch.bfloat16)(values["noise"][:, :frames], timestep, values["prompt_embeds"], **more)[0]
+
+    def assert_alike(lengths):
+        for frames in lengths:
+            assert torch.equal(passed(replaying, frames, cache=KVCache()), passed(plain, frames, cache=KVCache()))
+
+    with torch.no_grad():
+        if first == "before":
+            assert_alike(lengths)
+        with torch.autocast("cuda", torch.bfloat16):
+            for _ in range(2 if first == "within" else 1):
+                assert_alike(lengths)
+            assert torch.equal(passed(replaying, 12), passed(plain, 12))  # what is never replayed may find casts, too
+        assert captured_graphs() - before == len(lengths)
+        for model in (plain, replaying):
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        junk = [torch.full(p.shape, float("nan"), dtype=torch.bfloat16, device="cuda") for p in plain.parameters()]
+        assert_alike(reversed(lengths))
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            assert_alike(reversed(lengths))
+        assert captured_graphs() - before == len(lengths)
+        del junk

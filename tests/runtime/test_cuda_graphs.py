@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sftk.functional import KVCache
 from sftk.functional.exchange import OneRank
 from sftk.models.block_ops import PLAIN
-from sftk.models.trunk import BlockCall
+from sftk.models.trunk import BlockCall, run_blocks
+from sftk.runtime import cuda_graphs
 from sftk.runtime.cuda_graphs import GraphedTrunk, replay_passes
 
 TABLE = torch.zeros(1)
@@ -44,3 +48,46 @@ def test_a_graph_knows_how_far_apart_the_samples_of_a_room_lie(make_model, batch
         return trunk._key(x, call_of(((room, room),)))
 
     assert (key(9) == key(6)) == same
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of some weights."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.addresses, self.count = {weight.data_ptr() for weight in weights}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.addresses
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_graph_casts_weights_itself_in_a_caller_s_autocast(make_model, monkeypatch):
+    """Neither what autocast keeps from before is in it, nor does it leave casts in its own memory for later passes."""
+    monkeypatch.setattr(torch.cuda, "graph", lambda *args, **options: nullcontext())
+    monkeypatch.setattr(cuda_graphs, "_captured", 0)  # is as it was afterwards
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    model = make_model(torch.float32)
+    trunk = GraphedTrunk(model)
+    linears = [module for module in model.blocks.modules() if isinstance(module, torch.nn.Linear)]
+    weights = [weight for module in linears for weight in module.parameters()]
+
+    def recorded(blocks, x, call, wanted=()):
+        found = trunk._record(blocks, x, call)
+        return found.x, found.kv, {}
+
+    def casts(through):
+        model.trunk = through
+        with Casts(weights) as found:
+            model(torch.zeros(1, 3, 4, 4, 4), torch.zeros(1, 3), torch.zeros(1, 4, 8), cache=KVCache())
+        return found.count
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        first = casts(run_blocks)
+        assert first == len(weights) > 0
+        assert casts(run_blocks) == 0  # autocast keeps them
+        assert casts(recorded) == first
+        assert casts(run_blocks) == first
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            assert casts(recorded) == first
