@@ -72,15 +72,17 @@ def _check(
         stages = load_recipe(recipe, overrides, check=evaluation_problems)
         check_stores(stages)
         for stage in stages:
-            _print(console, stage.name, stage, shapes)
-            _print_ranks(console, stage, ranks, node)
+            with stage.plugins.again():
+                _print(console, stage.name, stage, shapes)
+                _print_ranks(console, stage, ranks, node)
         return
     study = load_study(recipe, overrides, check=evaluation_problems)
     check_stores(row.stage for row in study.rows)
     for row in study.rows:
         seeds = f"seed{'s' * (len(row.seeds) > 1)} {', '.join(map(str, row.seeds))}"
-        _print(console, f"{row.name}, {seeds}", row.stage, shapes)
-        _print_ranks(console, row.stage, ranks, node)
+        with row.stage.plugins.again():
+            _print(console, f"{row.name}, {seeds}", row.stage, shapes)
+            _print_ranks(console, row.stage, ranks, node)
     runs = sum(len(row.seeds) for row in study.rows)
     console.print(f"{study.name}: ok: {counted(len(study.rows), 'row')}, {counted(runs, 'run')}")
 

@@ -18,9 +18,11 @@ def doctor(recipe: str, overrides: tuple[str, ...]) -> None:
     missing = 0
     for stage in load_recipe(recipe, overrides):
         click.echo(f"{stage.name}:")
-        for finding in examine(stage):
-            missing += finding.kind == "missing"
+        with stage.plugins.again():
+            found = list(examine(stage))
+        for finding in found:
             click.echo(f"  {finding.kind:8}{finding.text}")
+        missing += sum(finding.kind == "missing" for finding in found)
     if missing:
         click.echo(f"{missing} missing")
         sys.exit(1)

@@ -6,7 +6,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+import attrs
 
 from sftk.core import registry
 
@@ -47,9 +50,44 @@ def import_plugin(name: str, load: Callable[[str], Any] = import_module) -> None
         load(name)
 
 
+@attrs.define(eq=False)
+class Registered:
+    """What was registered in a scope that has ended; nothing until then, and outside of scopes.
+
+    Example:
+        >>> corners = {"square": 4}
+        >>> extensible(corners)
+        >>> with scope() as found:
+        ...     corners["triangle"] = 3
+        >>> with found.again():
+        ...     sorted(corners)
+        ['square', 'triangle']
+        >>> sorted(corners)
+        ['square']
+    """
+
+    _transforms: dict[str, Transform] = attrs.field(factory=dict)
+    _named: list[tuple[dict[str, Any], dict[str, Any]]] = attrs.field(factory=list)
+    _modules: dict[str, ModuleType] = attrs.field(factory=dict)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Within, it is registered once more, and its modules are imported."""
+        with scope():
+            self.stay()
+            yield
+
+    def stay(self) -> None:
+        """Registers it for good; of two things of one name, the one that stays last is found."""
+        registry.restore({**registry.transforms(), **self._transforms})
+        for entries, added in self._named:
+            entries.update(added)
+        sys.modules.update(self._modules)
+
+
 @contextmanager
-def scope() -> Iterator[None]:
-    """At its end, what was registered within is forgotten, and so is that plugins were imported.
+def scope() -> Iterator[Registered]:
+    """At its end, what was registered within is forgotten, and so is that plugins were imported; what it gives, remembers.
 
     A module counts as a plugin where a recipe names it, or where it holds a transform that it registered; what else was
     imported of its package is imported anew with it. Whatever a module did besides registering, stays.
@@ -65,18 +103,21 @@ def scope() -> Iterator[None]:
     """
     before, modules = dict(registry.transforms()), set(sys.modules)
     others = {id(entries): dict(entries) for entries, _ in _named}
+    found = Registered()
     try:
-        yield
+        yield found
     finally:
-        added = [made for name, made in registry.transforms().items() if before.get(name) is not made]
-        owners = _plugins | {made.__module__ for made in added if _holds(made)}
+        added = {name: made for name, made in registry.transforms().items() if before.get(name) is not made}
+        owners = _plugins | {made.__module__ for made in added.values() if _holds(made)}
         packages = {name.partition(".")[0] for name in owners - modules} - {__name__.partition(".")[0]}
         for name in set(sys.modules) - modules:
             if name.partition(".")[0] in packages:
-                del sys.modules[name]
+                found._modules[name] = sys.modules.pop(name)
+        found._transforms.update(added)
         registry.restore(before)
         for entries, first in _named:
             was = others.get(id(entries), first)
+            found._named.append((entries, {name: made for name, made in entries.items() if was.get(name) is not made}))
             entries.clear()
             entries.update(was)
 

@@ -68,4 +68,5 @@ def prepare_recipe(recipe: str | Path, overrides: Sequence[str] = (), progress: 
         )
     check_stores(asking)
     for stage in asking:
-        prepare_data(stage, progress or TrainingProgress(enabled=False))
+        with stage.plugins.again():
+            prepare_data(stage, progress or TrainingProgress(enabled=False))

@@ -104,7 +104,8 @@ def _run_stages(stages: Sequence[Stage], name: str, run: RunDir, resume: bool, w
     summary: dict[str, Any] = {}
     with TrainingProgress(console, enabled=run.writes) as progress:
         for stage in stages:
-            summary = _run_stage(stage, run, earlier, seconds, resume, progress, world, last=stage is stages[-1])
+            with stage.plugins.again():
+                summary = _run_stage(stage, run, earlier, seconds, resume, progress, world, last=stage is stages[-1])
             earlier |= world.told_by_first(functools.partial(saved_weights, stage, run.checkpoints(stage.name)))
     facts = {
         "recipe": name,

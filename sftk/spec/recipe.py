@@ -10,87 +10,22 @@ from typing import Any
 import attrs
 
 from sftk.core.graph import Graph
+from sftk.core.plugins import scope
 from sftk.errors import Problem, SpecError
 from sftk.spec.checks import Checks
 from sftk.spec.compat import compat_defaults
 from sftk.spec.composed import StagedRecipe
 from sftk.spec.convert import structure_what_fits
-from sftk.spec.data_files import change_files, choice_files, named_files
 from sftk.spec.document import Document
-from sftk.spec.dump import dump_yaml
-from sftk.spec.files import find_file, search_roots, show_path
+from sftk.spec.files import find_file, show_path
 from sftk.spec.graphs import build_graph, once
 from sftk.spec.params import Origin
 from sftk.spec.parts import apply_with, override, read_part
 from sftk.spec.plugins import load_plugins
-from sftk.spec.schema import AUTO, PhaseSection, Recipe
-from sftk.spec.sizes import fill_sizes, written_size
+from sftk.spec.schema import PhaseSection, Recipe
+from sftk.spec.sizes import fill_sizes
 from sftk.spec.source import read_yaml
-from sftk.spec.turns import Turn, turns
-
-
-@attrs.frozen(kw_only=True, eq=False)
-class Stage:
-    """One stage, ready to build: the recipe, its graphs and the document that it came from.
-
-    Args:
-        name: of the stage; the recipe file's stem when it is the only one.
-        recipe: what it says.
-        graphs: phase name to graph.
-        document: as read, with overrides.
-        path: the recipe file.
-    """
-
-    name: str
-    recipe: Recipe
-    graphs: dict[str, Graph]
-    document: Document
-    path: Path
-
-    @property
-    def turns(self) -> tuple[Turn, ...]:
-        """Its phases as they run, see `sftk.spec.turns`."""
-        return turns(self.recipe, self.graphs)
-
-    @property
-    def resolved(self) -> dict[str, Any]:
-        """The recipe as a plain value that can be read from anywhere: files outside the package by their whole path."""
-        value = copy.deepcopy(self.document.value)
-        for phase in value["phases"]:
-            if phase.get("graph") is not None:
-                phase["graph"] = self._whole(phase["graph"])
-        for model in value["models"].values():
-            if isinstance(model.get("weights"), str):
-                model["weights"] = self._whole(model["weights"])
-            if isinstance(model.get("codec"), dict):
-                model["codec"] = change_files(model["codec"], choice_files("codec", model["codec"]), self._whole)
-        for role, section in self.recipe.models.items():
-            if value["models"][role].get("size") == AUTO:
-                value["models"][role]["size"] = written_size(section.size)
-        if value["data"].get("with"):
-            options = value["data"]["with"]
-            value["data"]["with"] = change_files(options, named_files(value["data"]["use"], options), self._whole)
-        for option in ("text", "codec"):
-            choice = (value.get("sample") or {}).get(option)
-            if isinstance(choice, dict):
-                value["sample"][option] = change_files(choice, choice_files(option, choice), self._whole)
-        if value.get("plugins"):
-            value["plugins"] = [self._whole(name) if name.endswith(".py") else name for name in value["plugins"]]
-        return value
-
-    def _whole(self, name: str) -> str:
-        try:
-            found = find_file(name, self.path).resolve()
-        except SpecError:
-            return name  # weights of an earlier stage
-        inside = any(found.is_relative_to(root.resolve()) for root in search_roots()[1:])
-        return name if inside else str(found)
-
-    @property
-    def text(self) -> str:
-        """The resolved recipe as YAML."""
-        return dump_yaml(self.resolved)
-
+from sftk.spec.stage import Stage
 
 FROM_PYTHON = "recipe"
 """What stands for the file of a recipe that Python gives, in messages and as its name."""
@@ -220,10 +155,27 @@ def _read_stages(
             continue
         document, wrong = override(document, taken[name], f"{name}.")
         problems += wrong
-        stage, wrong = read_stage(name, path, document, last if index == len(parts) - 1 else (), stages, check)
+        stage, wrong = read_apart(name, path, document, last if index == len(parts) - 1 else (), stages, check)
         problems += wrong
         stages[name] = stage
-    return tuple(stage for stage in stages.values() if stage is not None)
+    found = tuple(stage for stage in stages.values() if stage is not None)
+    for stage in found:
+        stage.plugins.stay()  # for what looks things up by name later on
+    return found
+
+
+def read_apart(
+    name: str,
+    path: Path,
+    document: Document,
+    overrides: Sequence[str],
+    earlier: Mapping[str, Stage | None],
+    check: Check | None,
+) -> tuple[Stage | None, list[Problem]]:
+    """`read_stage` of one of several, each with its own plugins only; afterwards none of them is registered."""
+    with scope() as plugins:
+        stage, problems = read_stage(name, path, document, overrides, earlier, check)
+    return None if stage is None else attrs.evolve(stage, plugins=plugins), problems
 
 
 def read_stage(

@@ -34,13 +34,13 @@ def check_stores(stages: Iterable[Stage]) -> None:
 def store_problems(stage: Stage) -> list[Problem]:
     """What is wrong with the data files of one stage."""
     recipe, data = stage.recipe, stage.recipe.data
-    found = SOURCES[data.use]
-    try:
-        options = found_files(data.use, data.with_, stage.path)
-    except SpecError:  # not here yet; `fetch` says how it comes
-        return []
-    try:
-        found.check_files(**attrs.asdict(recipe.latents), options=options)
-    except DataError as error:
-        return [stage.document.problem(("data", "with"), f"stage {stage.name!r}: {error}")]
+    with stage.plugins.again():
+        try:
+            options = found_files(data.use, data.with_, stage.path)
+        except SpecError:  # not here yet; `fetch` says how it comes
+            return []
+        try:
+            SOURCES[data.use].check_files(**attrs.asdict(recipe.latents), options=options)
+        except DataError as error:
+            return [stage.document.problem(("data", "with"), f"stage {stage.name!r}: {error}")]
     return []

@@ -16,7 +16,7 @@ from sftk.spec.document import Document
 from sftk.spec.files import show_path
 from sftk.spec.graphs import once
 from sftk.spec.parts import apply_with, override, read_part
-from sftk.spec.recipe import Check, Stage, find_document, read_stage
+from sftk.spec.recipe import Check, Stage, find_document, read_apart
 from sftk.spec.source import parse_value
 
 _OF_THE_STUDY = ("doc", "seeds", "matrix")
@@ -172,7 +172,7 @@ class _RowReader:
             for text in given
             if _head(text) == "seed"
         ]
-        stage, wrong = read_stage(section.name, found, inner, (), self.earlier, check)
+        stage, wrong = read_apart(section.name, found, inner, (), self.earlier, check)
         self.problems += wrong
         if stage is None:
             return None

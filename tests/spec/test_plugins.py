@@ -134,3 +134,71 @@ def test_without_a_scope_plugins_stay(write, tmp_path):
         assert stage.recipe.data.use in SOURCES
         assert "mask_of_a" in transforms()
     assert "clips of a" not in SOURCES
+
+
+PARTS = {
+    "stages.yaml": "version: 1\nstages:\n  - {name: first, recipe: FIRST}\n  - {name: second, recipe: SECOND}\n",
+    "study.yaml": "version: 1\nmatrix:\n  - {name: first, recipe: FIRST}\n  - {name: second, recipe: SECOND}\n",
+}
+CLIPS = """\
+from pathlib import Path
+
+from sftk.data.digits import DigitClips
+from sftk.data.sources import SOURCES, DataSource
+
+
+def clips(frames, seed):
+    with Path("made.txt").open("a") as file:
+        file.write("{name} ")
+    return DigitClips("train", size=4, frames=frames, seed=seed)
+
+
+SOURCES["clips"] = DataSource(make=clips, keys=SOURCES["digits"].keys)
+"""
+
+
+@pytest.fixture(params=PARTS)
+def parts(request, tmp_path):
+    """`parts(first, second)`: a recipe of two stages, or a study of two rows; its name."""
+
+    def write(first, second):
+        (tmp_path / request.param).write_text(PARTS[request.param].replace("FIRST", first).replace("SECOND", second))
+        return request.param
+
+    return write
+
+
+@pytest.mark.usefixtures("nothing_stays_registered")
+def test_a_later_stage_or_row_does_not_see_the_plugins_of_an_earlier_one(write, parts, tmp_path):
+    (tmp_path / "a.py").write_text(TRANSFORM.format(name="mask_of_a") + SOURCE)
+    write("a", "mask_of_a", "[a.py]", "clips of a")
+    write("b", "mask_of_a", "[]", "clips of a")
+    code, said = check(parts("a.yaml", "b.yaml"))
+    assert code == 2
+    assert "2 problems" in said
+    assert "unknown transform 'mask_of_a' @ $.nodes[5].use (b_graph.yaml:10)" in said
+    assert "unknown data set 'clips of a' @ $.data.use (b.yaml:5)" in said
+
+
+@pytest.mark.usefixtures("nothing_stays_registered")
+def test_stages_and_rows_give_one_name_to_two_things(write, parts, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.py").write_text(TRANSFORM.format(name="mask_of_both") + CLIPS.format(name=name))
+        write(name, "mask_of_both", f"[{name}.py]", "clips")
+    code, said = check(parts("a.yaml", "b.yaml"))
+    assert code == 0, said
+    assert said.count(": ok: own (7 nodes)") == 2
+    assert (tmp_path / "made.txt").read_text() == "a b "
+
+
+@pytest.mark.usefixtures("nothing_stays_registered")
+def test_each_stage_of_a_run_has_its_own(write, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.py").write_text(TRANSFORM.format(name="mask_of_both") + CLIPS.format(name=name))
+        write(name, "mask_of_both", f"[{name}.py]", "clips")
+    (tmp_path / "both.yaml").write_text(PARTS["stages.yaml"].replace("FIRST", "a.yaml").replace("SECOND", "b.yaml"))
+    run = ["both.yaml", "device=cpu", "first.device=cpu", "--run-dir", "run"]
+    found = CliRunner().invoke(main, ["run", *run])
+    assert found.exit_code == 0, found.output
+    assert (tmp_path / "made.txt").read_text() == "a b "
+    assert [stage.name for stage in load_recipe("run/recipe.yaml")] == ["first", "second"]
