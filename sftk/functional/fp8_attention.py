@@ -45,8 +45,8 @@ def fp8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
         return attend(q, k, v)
     rows = unpack(pack(q, "fp8"), q.dtype)
-    heads = (x.transpose(1, 2) for x in (rows, _by_tiles(k), _by_tiles(v)))
-    return F.scaled_dot_product_attention(*heads).transpose(1, 2).contiguous()
+    heads = [x.transpose(1, 2) for x in (rows, _by_tiles(k), _by_tiles(v))]
+    return F.scaled_dot_product_attention(heads[0], heads[1], heads[2]).transpose(1, 2).contiguous()
 
 
 @fp8_attention.register_fake
