@@ -221,12 +221,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     tokens, tiles = k.shape[1], k_scales.shape[2]
     blocks = triton.cdiv(queries, QUERIES)
     parts = parts_of_keys(blocks * heads * batch, tiles, programs_for(q.device, RESIDENT))
+    part_tiles = triton.cdiv(tiles, parts)
+    parts = triton.cdiv(tiles, part_tiles)  # none is empty
     outs = torch.empty(parts, batch, queries, heads, dim, dtype=q.dtype, device=q.device)
     lses = torch.empty(parts, batch, heads, queries, dtype=torch.float32, device=q.device)
     keys = TensorDescriptor.from_tensor(k_codes.view(-1, heads * dim), [KEYS, dim])
     values = TensorDescriptor.from_tensor(v_codes.view(-1, tiles * KEYS), [dim, KEYS])
     _attend[(blocks, heads * batch, parts)](
-        codes, keys, values, q_scales, k_scales, v_scales, outs, lses, queries, tokens, tiles, triton.cdiv(tiles, parts),
+        codes, keys, values, q_scales, k_scales, v_scales, outs, lses, queries, tokens, tiles, part_tiles,
         math.log2(math.e) / math.sqrt(dim), heads=heads, D=dim, M=QUERIES, N=KEYS, TILES=triton.next_power_of_2(tiles),
         SHIFT=SHIFT, RAGGED=bool(tokens % KEYS),
         num_warps=WARPS, num_stages=STAGES,

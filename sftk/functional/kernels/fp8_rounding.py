@@ -66,7 +66,8 @@ def _turned(
     coded = (value * tl.div_rn(1.0, scale)[None, :]).to(codes.dtype.element_ty)
     turned_at = column.to(tl.int64)[:, None] * rows + row[None, :]
     tl.store(codes + turned_at, tl.trans(coded), (column < width)[:, None] & (row < rows)[None, :])
-    tl.store(scales + column, scale, (column < width) & (tl.program_id(1) == 0))
+    if tl.program_id(1) == 0:
+        tl.store(scales + column, scale, column < width)
 
 
 def round_rows(values: Tensor, *, gelu: bool = False, warps: int = 0) -> Packed:
