@@ -56,7 +56,12 @@ class LowpSection:
 
     @property
     def fp8_layers(self) -> bool:
-        """Whether linear layers are to compute in fp8."""
+        """Whether linear layers are to compute in fp8.
+
+        Example:
+            >>> LowpSection(attention="fp8").fp8_layers, LowpSection(training="fp8").fp8_layers
+            (False, True)
+        """
         return "fp8" in (self.linears, self.training)
 
 
