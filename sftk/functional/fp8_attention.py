@@ -19,11 +19,12 @@ def fp8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention whose queries, keys, values and probabilities are rounded to fp8 (e4m3); without gradient.
 
     Each query has a scale of its own in each head; keys and values share one over a tile of `TILE` tokens of a head, and
-    probabilities are relative to the largest so far, times 2^8. Sums are float32. With normal random numbers the output is
-    about 5% off, most of it from rounding queries and keys; a trained model's attention is less even, see benchmarks/lowp.py.
+    probabilities are relative to the largest so far, times 2^8. Sums over tiles are float32, those within a tile the tensor
+    cores' (14 bits on Hopper). With normal random numbers the output is about 5% off, most of it from rounding queries and
+    keys; a trained model's attention is less even, see benchmarks/lowp.py.
 
-    On a CUDA device (compute capability 8.9 or above, with triton) one kernel computes it. Elsewhere it is a reference, in
-    which probabilities are not rounded.
+    On a CUDA device (compute capability 8.9 or above, with triton) a kernel computes it, on Hopper one with specialised warps.
+    Elsewhere it is a reference, in which probabilities are not rounded.
 
     Args:
         q: [B, Lq, H, D], D a power of two from 32 on. k, v: [B, Lk, H, D].

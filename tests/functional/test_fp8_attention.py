@@ -116,8 +116,9 @@ def test_in_the_interpreter():
 def test_the_kernel(monkeypatch, batch, queries, keys, heads, parts):
     """With codes of float16, which the interpreter rounds as a GPU does (fp8 it does not), what is left is exact attention."""
     from sftk.functional.kernels import fp8_attention as kernel
+    from sftk.functional.kernels import fp8_codes
 
-    monkeypatch.setattr(kernel, "CODES", torch.float16)
+    monkeypatch.setattr(fp8_codes, "CODES", torch.float16)
     monkeypatch.setattr(kernel, "parts_of_keys", lambda *_: parts)
     q, k, v = make(batch, queries, keys, heads)
     assert error(kernel.attend(q, k, v), exact(q, k, v)) < 2e-3

@@ -72,24 +72,69 @@ def test_gelu_is_rounded_as_it_is_computed(sizes):
     assert (one - two).norm() / two.norm() < 0.01
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(
-    ("batch", "queries", "keys", "heads", "dim"),
-    [(1, 4680, 9360, 12, 128), (2, 300, 1000, 3, 64), (1, 100, 128, 2, 32), (1, 64, 5, 1, 128), (1, 2000, 2048, 2, 128)],
-)
-def test_attention_is_the_reference(batch, queries, keys, heads, dim, compiled):
-    """The kernel against the same rounding on the CPU, whose probabilities are not rounded, and against exact attention."""
+SHAPES = [
+    (1, 4680, 9360, 12, 128),
+    (2, 300, 1000, 3, 64),
+    (1, 100, 128, 2, 32),
+    (1, 64, 5, 1, 128),
+    (1, 2000, 2048, 2, 128),
+    (3, 130, 4000, 40, 64),  # more items than an H100 has multiprocessors
+]
+
+
+def factors(batch: int, queries: int, keys: int, heads: int, dim: int) -> list[torch.Tensor]:
+    """Keys grow and values shrink from one tile to the next, so that scales differ."""
     torch.manual_seed(0)
     ramp = torch.linspace(0.1, 2, keys)[None, :, None, None]
     q, k, v = (torch.randn(batch, length, heads, dim) for length in (queries, keys, keys))
-    q, k, v = (x.bfloat16() for x in (q, k * ramp, v / ramp))
+    return [x.bfloat16() for x in (q, k * ramp, v / ramp)]
+
+
+def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    heads = (x.transpose(1, 2).float() for x in (q, k, v))
+    return F.scaled_dot_product_attention(*heads).transpose(1, 2)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_is_the_reference(shape, compiled):
+    """The kernel against the same rounding on the CPU, whose probabilities are not rounded, and against exact attention."""
+    given = factors(*shape)
     with torch.no_grad():
-        reference = fp8_attention(*(x.float() for x in (q, k, v)))
-        exact = F.scaled_dot_product_attention(*(x.transpose(1, 2).float() for x in (q, k, v))).transpose(1, 2)
+        reference = fp8_attention(*(x.float() for x in given))
         call = torch.compile(fp8_attention, fullgraph=True) if compiled else fp8_attention
-        found = call(*(x.cuda() for x in (q, k, v))).cpu().float()
+        found = call(*(x.cuda() for x in given)).cpu().float()
+    exact = attended(*given)
     assert (found - reference).norm() / reference.norm() < 0.05
     assert (found - exact).norm() / exact.norm() < 0.1
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_kernels_attend_alike(shape, parts, monkeypatch):
+    from sftk.functional.kernels import fp8_attention as kernel
+
+    given = [x.cuda() for x in factors(*shape)]
+    best = kernel.form_for(given[0].device, shape[-1])
+    if best is kernel.TILES:
+        pytest.skip("the portable kernel is the only one here")
+    monkeypatch.setattr(kernel, "parts_of_keys", lambda *_: parts)
+    one, two = kernel.attend(*given, form=best).float(), kernel.attend(*given, form=kernel.TILES).float()
+    assert (one - two).norm() / two.norm() < 0.02
+    assert torch.equal(one, kernel.attend(*given, form=best).float())
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_long_sums_keep_what_values_have_in_common(portable):
+    """Hopper's tensor cores sum fp8 products with 14 bits; over 32760 keys that would lose a fifth of a mean of one."""
+    from sftk.functional.kernels import fp8_attention as kernel
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, length, 12, 128, device="cuda").bfloat16() for length in (300, 32760, 32760))
+    v = v + 1
+    form = kernel.TILES if portable else kernel.form_for(q.device, 128)
+    exact = attended(q, k, v)
+    assert (kernel.attend(q, k, v, form=form).float() - exact).norm() / exact.norm() < 0.01
 
 
 @pytest.mark.parametrize("mode", ["eager", "aot_eager", "inductor"])
