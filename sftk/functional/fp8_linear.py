@@ -6,47 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sftk.functional.fp8_rounding import fp8_gelu_rows, fp8_rows
 from sftk.functional.packed import Packed, unpack
 
 MULTIPLE = 16
 """Widths in and out of a layer that fp8 products take are multiples of this."""
-
-
-def fp8_linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias` with both factors in fp8: each token and each row of the weight has a scale of its own.
-
-    Args:
-        x: [..., K]. weight: [N, K], from `pack(weight, "fp8")`. bias: [N].
-
-    Returns:
-        [..., N], of `fp8_product`'s dtype. It carries no gradient to the weight.
-
-    Source: row-wise scaling, arXiv 2209.05433, section 3; PyTorch's scaled products.
-
-    Example:
-        >>> from sftk.functional.packed import pack
-        >>> x, weight = torch.ones(2, 16), torch.full((16, 16), 0.25)
-        >>> fp8_linear(x, pack(weight, "fp8")).unique()
-        tensor([4.])
-    """
-    return fp8_product(Packed(*fp8_rows(x.detach())), weight, bias).unflatten(0, x.shape[:-1])
-
-
-def fp8_gelu_linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
-    """`fp8_linear(gelu(x), weight, bias)`, GELU in its tanh form and rounded as it is computed.
-
-    Args and Returns: as for `fp8_linear`.
-
-    Source: as for `fp8_linear`; GELU, arXiv 1606.08415, section 2.
-
-    Example:
-        >>> from sftk.functional.packed import pack
-        >>> x, weight = torch.full((2, 16), 100.0), torch.full((16, 16), 0.25)
-        >>> fp8_gelu_linear(x, pack(weight, "fp8")).unique()
-        tensor([400.])
-    """
-    return fp8_product(Packed(*fp8_gelu_rows(x.detach())), weight, bias).unflatten(0, x.shape[:-1])
 
 
 def fp8_product(rows: Packed, weight: Packed, bias: Tensor | None = None) -> Tensor:

@@ -77,7 +77,7 @@ def _scales(values: Tensor) -> torch.dtype:
 
 @torch.library.custom_op("sftk::fp8_rows", mutates_args=())
 def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounds tokens to fp8. An operator apart from the product: where several layers take one input, a compiler rounds once.
+    """Rounds tokens to fp8. An operator apart from the product, so that several layers may take what one call rounded.
 
     Args:
         x: [..., K], floating-point.

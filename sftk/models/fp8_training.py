@@ -16,6 +16,7 @@ from torch import Tensor
 from sftk.functional.fp8_linear import fp8_product
 from sftk.functional.fp8_rounding import by_columns, by_rows, fp8_rows
 from sftk.functional.packed import Packed
+from sftk.models.precision import autocast_to
 
 
 @torch.library.custom_op("sftk::fp8_linear", mutates_args=())
@@ -109,7 +110,7 @@ fp8_linear_rows.register_autograd(_gradients, setup_context=_remember)
 fp8_linear_input.register_autograd(_gradients_input, setup_context=_remember_input)
 
 
-def fp8_training_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def fp8_training_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, rows: Packed | None = None) -> Tensor:
     """`F.linear` whose forward product and whose gradient of x are computed in fp8, with a scale for each row.
 
     The gradients of weight and bias are those of `F.linear`, computed in the dtype of x from x as it is. Under autocast x is
@@ -117,6 +118,7 @@ def fp8_training_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
     Args:
         x: [..., K]. weight: [N, K]. bias: [N]. K and N are multiples of `MULTIPLE` on CUDA.
+        rows: x in fp8, from `fp8_rows` (under autocast of x in its dtype), where it was rounded for another layer already.
 
     Returns:
         [..., N], of autocast's dtype or x's.
@@ -129,7 +131,6 @@ def fp8_training_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
         >>> y.mean().item(), torch.autograd.grad(y.sum(), x)[0].unique()
         (9.0, tensor([16.]))
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
-    return fp8_linear_rows(x, *fp8_rows(x.detach()), weight, bias)
+    x = autocast_to(x)
+    codes, scale = fp8_rows(x.detach()) if rows is None else rows[:2]
+    return fp8_linear_rows(x, codes, scale, weight, bias)

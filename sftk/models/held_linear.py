@@ -16,7 +16,10 @@ from torch.autograd import forward_ad
 
 from sftk.core.numerics import rounds_as_with_gradient
 from sftk.functional.attention import is_exact
+from sftk.functional.fp8_rounding import fp8_rows
+from sftk.functional.packed import Packed
 from sftk.models.fp8_training import fp8_training_linear
+from sftk.models.precision import autocast_to
 
 
 class HeldLinear(nn.Linear, ABC):
@@ -50,10 +53,23 @@ class HeldLinear(nn.Linear, ABC):
         """Whether a call now carries no gradient, nor has to be as one that does."""
         return not rounds_as_with_gradient() and forward_ad._current_level < 0
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    @property
+    def rounds_input(self) -> bool:
+        """Whether a call now multiplies what `round_input` makes of its input, which other layers may have made already."""
+        return self.trains_fp8 and not self.without_gradient and not is_exact() and forward_ad._current_level < 0
+
+    def round_input(self, x: Tensor) -> Packed:
+        """The input in fp8, a scale for each token: of a layer or of several."""
+        return Packed(*fp8_rows(autocast_to(x).detach()))
+
+    @abstractmethod
+    def forward(self, x: Tensor, rows: Packed | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """`F.linear` of x, [..., in]; `rows`, if it is given, is `round_input(x)` and `rounds_input` holds."""
+
+    def product(self, x: Tensor, bias: Tensor | None, rows: Packed | None = None) -> Tensor:
         """What the layer returns in a call with gradient, with a bias that may be another tensor than its own."""
         if self.trains_fp8 and not is_exact() and forward_ad._current_level < 0:
-            return fp8_training_linear(x, self.weight, bias)
+            return fp8_training_linear(x, self.weight, bias, rows)
         return F.linear(x, self.weight, bias)
 
     @property
@@ -106,9 +122,9 @@ class HalfLinear(HeldLinear):
             return self.held[0], self.held[1] if len(self.held) > 1 else None
         return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, x: Tensor, rows: Packed | None = None) -> Tensor:
         if not self.without_gradient:
-            return self.product(x, self.bias)
+            return self.product(x, self.bias, rows)
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             return F.linear(x, *self.weights(torch.get_autocast_dtype(kind)))

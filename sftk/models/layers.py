@@ -13,6 +13,7 @@ from sftk.functional.rooms import CachedKV
 from sftk.models.block_ops import BlockOps, gated
 from sftk.models.config import WanConfig
 from sftk.models.precision import upcast
+from sftk.models.projections import projections
 from sftk.models.rope import rotate
 
 
@@ -66,11 +67,20 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor) -> Tensor:
         """[B, L, H, D]."""
-        return self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
+        return self._heads(self.norm_q(self.q(x)))
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, L, H, D] each."""
-        return self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), self.v(x).unflatten(-1, (self.heads, -1))
+        k, v = projections(x, self.k, self.v)
+        return self._heads(self.norm_k(k)), self._heads(v)
+
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, L, H, D] each, of one input."""
+        q, k, v = projections(x, self.q, self.k, self.v)
+        return self._heads(self.norm_q(q)), self._heads(self.norm_k(k)), self._heads(v)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
 
 
 class Block(nn.Module):
@@ -112,11 +122,12 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (upcast(self.modulation)[None] + time).unbind(dim=2)
         y, attn = ops.modulate(x, shift1, scale1, self.eps), self.self_attn
         if past_rope is None and type(exchange) is OneRank:
-            q, k = ops.norm_rope(attn.q(y), attn.k(y), (attn.norm_q, attn.norm_k), rope)
-            v = attn.v(y).unflatten(-1, (attn.heads, -1))
+            q, k, v = projections(y, attn.q, attn.k, attn.v)
+            q, k = ops.norm_rope(q, k, (attn.norm_q, attn.norm_k), rope)
+            v = v.unflatten(-1, (attn.heads, -1))
             stored = k
         else:
-            q, k, v = exchange.to_heads(attn.queries(y), *attn.keys_values(y))
+            q, k, v = exchange.to_heads(*attn.queries_keys_values(y))
             unrotated = k
             q, k = rotate(q, *rope), rotate(k, *rope)
             stored = k if past_rope is None else unrotated

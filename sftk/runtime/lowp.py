@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from sftk.errors import Problem, ShapeError, SpecError
-from sftk.functional.fp8_linear import fp8_gelu_linear, fp8_linear
+from sftk.functional.fp8_linear import fp8_product
+from sftk.functional.fp8_rounding import fp8_gelu_rows
 from sftk.functional.packed import Packed, pack
 from sftk.models.held_linear import HalfLinear, HeldLinear, hold_linears
+from sftk.models.precision import autocast_to
 from sftk.spec.lowp import LowpSection
 from sftk.spec.schema import Recipe
 
@@ -47,28 +48,35 @@ class Fp8Linear(HeldLinear):
         """Codes and scales."""
         return held.codes, held.scale
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None, rows: Packed | None = None) -> Tensor:
         if self.released:
             raise ShapeError("a model that keeps its weights in fp8 alone was called with gradient; set its linears: full")
-        return super().product(x, bias)
+        return super().product(x, bias, rows)
 
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    @property
+    def rounds_input(self) -> bool:
+        return self.without_gradient or super().rounds_input
+
+    def forward(self, x: Tensor, rows: Packed | None = None) -> Tensor:
         if not self.without_gradient:
-            return self.product(x, self.bias)
-        return self._rounded(fp8_linear, x)
+            return self.product(x, self.bias, rows)
+        return self._multiplied(self.round_input(x) if rows is None else rows, x)
 
     @property
     def takes_gelu(self) -> bool:
         return self.without_gradient
 
     def after_gelu(self, x: Tensor) -> Tensor:
-        return self._rounded(fp8_gelu_linear, x) if self.without_gradient else super().after_gelu(x)
+        if not self.without_gradient:
+            return super().after_gelu(x)
+        x = autocast_to(x)
+        return self._multiplied(Packed(*fp8_gelu_rows(x.detach())), x)
 
-    def _rounded(self, product: Callable[[Tensor, Packed, Tensor | None], Tensor], x: Tensor) -> Tensor:
+    def _multiplied(self, rows: Packed, like: Tensor) -> Tensor:
+        """The product of rounded tokens and the weight, in the shape and dtype that a call with `like` returns."""
         weight = pack(self.weight, "fp8") if self.held is None else self.held
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return product(x, weight, self.bias).to(dtype)
+        found = fp8_product(rows, weight, self.bias).unflatten(0, like.shape[:-1])
+        return found.to(autocast_to(like).dtype)
 
     def release(self) -> None:
         """Keeps the weight in fp8 alone."""

@@ -7,10 +7,10 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
+from rounding_checks import fp8_linear
 
 from sftk.core.graph import Graph
 from sftk.functional.fp8_attention import fp8_attention
-from sftk.functional.fp8_linear import fp8_linear
 from sftk.functional.fp8_rounding import fp8_gelu_rows, fp8_rows
 from sftk.functional.keys import Key
 from sftk.functional.packed import pack

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sftk.functional.fp8_linear import fp8_product
+from sftk.functional.fp8_rounding import fp8_rows
 from sftk.functional.packed import Packed, pack
+
+
+def fp8_linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` of tokens that are rounded first."""
+    return fp8_product(Packed(*fp8_rows(x)), weight, bias).unflatten(0, x.shape[:-1])
 
 
 def representable(rows: int, columns: int, device: torch.device) -> Tensor:

@@ -8,11 +8,9 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -236,22 +234,3 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.times += func is OPERATORS[1].default
         return func(*args, **(kwargs or {}))
-
-
-def test_a_compiler_rounds_once_what_several_layers_take():
-    torch._dynamo.reset()
-    graphs: list[str] = []
-    (x, *weights) = draw((4, 16), (16, 16), (32, 16), (16, 16))
-
-    def keep(graph, _):
-        graphs.append(graph.code)
-        return graph
-
-    backend = aot_autograd(
-        fw_compiler=lambda graph, given_: make_boxed_func(keep(graph, given_).forward),
-        partition_fn=min_cut_rematerialization_partition,
-    )
-    call = torch.compile(lambda x: [fp8_training_linear(x, w) for w in weights], fullgraph=True, backend=backend)
-    call(x.requires_grad_())
-    assert graphs[0].count("sftk.fp8_linear.default") == 3
-    assert graphs[0].count("sftk.fp8_rows.default") == 1
