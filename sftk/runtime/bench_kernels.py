@@ -17,7 +17,8 @@ _PATTERNS: tuple[tuple[Family, str], ...] = (
     ("communication", r"nccl|nvshmem|multimem|symm_mem|c10d::|gloo:|record_param_comms"),
     (
         "attention",
-        r"flash_?(attn|attention|fwd|bwd)|flex_attention|fmha|sdpa|scaled_dot_product|dot_do_o|convert_dq|attention_(for|back)ward",
+        r"flash_?(attn|attention|fwd|bwd)|flex_attention|fmha|sdpa|scaled_dot_product|dot_do_o|convert_dq"
+        r"|attention_(for|back)ward|^_(attend|join)$",
     ),
     (
         "gemm",
@@ -28,10 +29,14 @@ _PATTERNS: tuple[tuple[Family, str], ...] = (
     (
         "copies",
         r"memcpy|memset|copy_kernel|CatArray|FillFunctor"
+        r"|^_(by_row\w*|turned|largest_of_columns|round_(tiles|rows))$"  # to fp8
         rf"|triton_poi_fused_(?:(?:{_COPY_WORDS})_)+\d+$"
         r"|aten::(copy_|_to_copy|to|clone|contiguous|cat|stack|fill_|zero_|zeros|ones|full)$",
     ),
-    ("elementwise", r"elementwise|reduce_kernel|layer_?norm|rms_?norm|softmax|triton_(poi|red|per)_|at::native|^aten::"),
+    (
+        "elementwise",
+        r"elementwise|reduce_kernel|layer_?norm|rms_?norm|softmax|triton_(poi|red|per)_|^_(for|back)ward$|at::native|^aten::",
+    ),
 )
 _RULES: tuple[tuple[Family, re.Pattern[str]], ...] = tuple(
     (kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in _PATTERNS

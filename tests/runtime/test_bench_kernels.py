@@ -22,6 +22,7 @@ NAMES = {
         "triton_tem_fused_flex_attention_backward_0",
         "fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel)",
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+        "_attend",
     ),
     "gemm": (
         "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNT",
@@ -47,6 +48,8 @@ NAMES = {
         "triton_poi_fused__to_copy_2",
         "triton_poi_fused_cat_clone_11",
         "aten::copy_",
+        "_by_row",
+        "_round_tiles",
     ),
     "elementwise": (
         "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16>>",
@@ -54,6 +57,8 @@ NAMES = {
         "triton_poi_fused_cat_mul_4",
         "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::MeanOps<float>>>",
         "aten::mul",
+        "_forward",
+        "_backward",
     ),
     "other": ("a_kernel_of_somebody_else", "autograd::engine::evaluate_function: MulBackward0"),
 }
