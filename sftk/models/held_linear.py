@@ -38,11 +38,11 @@ class HeldLinear(nn.Linear, ABC):
         self.weight, self.bias = linear.weight, linear.bias
         self.trains_fp8 = trains_fp8
         self.held: Any = None
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: tuple[tuple[int, int], ...] | None = None
 
     @abstractmethod
     def make(self) -> Any:
-        """What is to be held, from the weight as it is."""
+        """What is to be held, from the weight and the bias as they are."""
 
     @abstractmethod
     def parts(self, held: Any) -> tuple[Tensor, ...]:
@@ -83,8 +83,9 @@ class HeldLinear(nn.Linear, ABC):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Makes what is held anew if the weight was changed since the last time."""
-        stamp = (self.weight.data_ptr(), self.weight._version)
+        """Makes what is held anew if the weight or the bias was changed since the last time."""
+        parameters = (parameter for parameter in (self.weight, self.bias) if parameter is not None)
+        stamp = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
         if stamp == self._stamp:
             return
         fresh, self._stamp = self.make(), stamp

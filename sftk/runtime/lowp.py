@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sftk.errors import Problem, ShapeError, SpecError
-from sftk.functional.fp8_linear import fp8_product
+from sftk.functional.fp8_linear import fp8_product, product_bias
 from sftk.functional.fp8_rounding import fp8_gelu_rows
 from sftk.functional.packed import Packed, pack
 from sftk.models.held_linear import HalfLinear, HeldLinear, hold_linears
@@ -40,13 +40,15 @@ class Fp8Linear(HeldLinear):
         super().__init__(linear, trains_fp8=trains_fp8)
         self.released = False
 
-    def make(self) -> Packed:
-        """The weight in fp8, with a scale for each row."""
-        return pack(self.weight.detach(), "fp8")
+    def make(self) -> tuple[Packed, Tensor | None]:
+        """The weight in fp8, with a scale for each row, and the bias as products add it."""
+        weight = self.held[0] if self.released else pack(self.weight.detach(), "fp8")
+        return weight, None if self.bias is None else product_bias(self.bias, weight)
 
-    def parts(self, held: Packed) -> tuple[Tensor, ...]:
-        """Codes and scales."""
-        return held.codes, held.scale
+    def parts(self, held: tuple[Packed, Tensor | None]) -> tuple[Tensor, ...]:
+        """Codes, scales and bias."""
+        weight, bias = held
+        return (weight.codes, weight.scale) if bias is None else (weight.codes, weight.scale, bias)
 
     def product(self, x: Tensor, bias: Tensor | None, rows: Packed | None = None) -> Tensor:
         if self.released:
@@ -74,19 +76,14 @@ class Fp8Linear(HeldLinear):
 
     def _multiplied(self, rows: Packed, like: Tensor) -> Tensor:
         """The product of rounded tokens and the weight, in the shape and dtype that a call with `like` returns."""
-        weight = pack(self.weight, "fp8") if self.held is None else self.held
-        found = fp8_product(rows, weight, self.bias).unflatten(0, like.shape[:-1])
+        weight, bias = (pack(self.weight, "fp8"), self.bias) if self.held is None else self.held
+        found = fp8_product(rows, weight, bias).unflatten(0, like.shape[:-1])
         return found.to(autocast_to(like).dtype)
 
     def release(self) -> None:
-        """Keeps the weight in fp8 alone."""
+        """Keeps the weight in fp8 alone; the bias is followed as before."""
         self.refresh()
         self.released, self.weight = True, nn.Parameter(self.weight.new_empty(0), requires_grad=False)
-
-    def refresh(self) -> None:
-        """Rounds the weight again if it was changed since the last time."""
-        if not self.released:
-            super().refresh()
 
 
 def use_fp8(model: nn.Module, *, hold: bool, lowp: LowpSection | None = None) -> nn.Module:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from rounding_checks import fp8_linear
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sftk.errors import ShapeError, SpecError
 from sftk.functional.packed import pack, unpack
@@ -113,19 +115,58 @@ def test_weights_are_rounded_again_when_they_changed_and_only_then(monkeypatch):
 
     first = sample()
     assert len(packed) == 40
-    kept = [layer.held.codes.data_ptr() for layer in layers(model)]
+    kept = [[part.data_ptr() for part in layer.parts(layer.held)] for layer in layers(model)]
     assert torch.equal(sample(), first)
     assert not packed
     model(*ARGUMENTS)[0].square().sum().backward()
     optimizer.step()
     second = sample()
     assert len(packed) == 40
-    assert [layer.held.codes.data_ptr() for layer in layers(model)] == kept
+    assert [[part.data_ptr() for part in layer.parts(layer.held)] for layer in layers(model)] == kept
     fresh = use_fp8(WanModel(preset("digits")), hold=True)
     fresh.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert torch.equal(fresh(*ARGUMENTS)[0], second)
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("held", [True, False])
+def test_a_call_on_a_gpu_casts_nothing_that_is_held(bias, held):
+    """The operators of a call, traced with tensors of a GPU that nobody needs: what is not held is cast."""
+    with FakeTensorMode():
+        linear = nn.Linear(32, 48, bias=bias, device="meta")
+        linear.weight = nn.Parameter(torch.empty(48, 32, device="cuda"))
+        linear.bias = nn.Parameter(torch.empty(48, device="cuda")) if bias else None
+        layer = Fp8Linear(linear)
+        if held:
+            layer.held = layer.make()
+        x = torch.empty(2, 8, 32, dtype=torch.bfloat16, device="cuda")
+        with torch.no_grad():
+            nodes = make_fx(lambda x: layer(x))(x).graph.nodes
+    called = [node.target for node in nodes if node.op == "call_function"]
+    aten = torch.ops.aten
+    assert called.count(aten._scaled_mm.default) == called.count(torch.ops.sftk.fp8_rows.default) == 1
+    copies = {aten._to_copy.default, aten.clone.default, aten.copy_.default, aten.contiguous.default}
+    assert bool(copies.intersection(called)) == (not held)
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_a_bias_that_changes_alone_is_followed(released):
+    """What is held is a copy in the same memory, and never the parameter itself."""
+    layer, x = Fp8Linear(nn.Linear(16, 32)), torch.ones(1, 16)
+    layer.refresh()
+    if released:
+        layer.release()
+    (_, kept), before = layer.held, layer.bias.detach().clone()
+    assert kept.data_ptr() != layer.bias.data_ptr()
+    with torch.no_grad():
+        first = layer(x)
+        layer.bias.add_(1)
+        layer.refresh()
+        assert layer.held[1] is kept
+        torch.testing.assert_close(kept, before + 1)
+        torch.testing.assert_close(layer(x), first + 1)
 
 
 @pytest.mark.parametrize("checkpoint", ["none", "full"])
