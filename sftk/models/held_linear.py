@@ -54,9 +54,14 @@ class HeldLinear(nn.Linear, ABC):
         return not rounds_as_with_gradient() and forward_ad._current_level < 0
 
     @property
+    def trains_now(self) -> bool:
+        """Whether a call with gradient would now be that of `fp8_training_linear`."""
+        return self.trains_fp8 and not is_exact() and forward_ad._current_level < 0
+
+    @property
     def rounds_input(self) -> bool:
         """Whether a call now multiplies what `round_input` makes of its input, which other layers may have made already."""
-        return self.trains_fp8 and not self.without_gradient and not is_exact() and forward_ad._current_level < 0
+        return self.trains_now and not self.without_gradient
 
     def round_input(self, x: Tensor) -> Packed:
         """The input in fp8, a scale for each token: of a layer or of several."""
@@ -68,7 +73,7 @@ class HeldLinear(nn.Linear, ABC):
 
     def product(self, x: Tensor, bias: Tensor | None, rows: Packed | None = None) -> Tensor:
         """What the layer returns in a call with gradient, with a bias that may be another tensor than its own."""
-        if self.trains_fp8 and not is_exact() and forward_ad._current_level < 0:
+        if self.trains_now:
             return fp8_training_linear(x, self.weight, bias, rows)
         return F.linear(x, self.weight, bias)
 

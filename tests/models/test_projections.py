@@ -79,6 +79,17 @@ def test_each_returns_what_it_returns_alone(kind, cast):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_compile_whole(kind, grad):
+    x, made = make(kind)
+    with torch.set_grad_enabled(grad):
+        wanted = projections(x, *made)
+        torch._dynamo.reset()
+        found = torch.compile(lambda x: projections(x, *made), fullgraph=True, backend="eager")(x)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def test_what_computes_in_full_precision_rounds_nothing():
     x, made = make("both")
     with exact_derivatives(), Operators() as operators:
