@@ -18,6 +18,7 @@ from sftk.errors import ShapeError, SpecError
 from sftk.functional.attention_spans import Spans, attention_by_spans, token_spans
 from sftk.functional.flash import flash_attention, flash_operators, has_flash, has_flash_4
 from sftk.functional.fp8_attention import fp8_attention
+from sftk.functional.fp8_attention_training import fp8_attention_lse, fp8_training_attention
 from sftk.functional.layout import Layout, flex_mask, token_mask
 from sftk.functional.meta_attention import META_OP, SeenPairs, meta_attention
 from sftk.functional.split_kv import split_kv_attention
@@ -84,7 +85,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Ke
             FlexAttention for masks, `flash` FlashAttention when it is installed, `flash_split_kv` its version 4 over halves of
             the keys where there is no gradient, for few queries (`split_kv_attention`). Those in `UNMASKED` need CUDA and
             half precision, and compute a layout in calls without a mask. `auto` is what suits the mask, and without one sdpa
-            or what `set_auto` says. `fp8` is `fp8_attention`, without a mask and without gradient.
+            or what `set_auto` says. `fp8` is `fp8_attention`, and with gradient `fp8_training_attention`, without a mask.
 
     Returns:
         [B, Lq, H, D], q's dtype.
@@ -108,11 +109,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask = None, backend: Ke
     if q.is_meta and backend != "math":
         return meta_attention(q, k, v, mask)
     if backend == "fp8":
-        if mask is not None or rounds_as_with_gradient():
-            raise SpecError(
-                "attention in fp8 takes no mask and has no gradient; call it under torch.no_grad(), or another backend"
-            )
-        return fp8_attention(q, k, v)
+        if mask is not None:
+            raise SpecError("attention in fp8 takes no mask; call another backend")
+        return fp8_training_attention(q, k, v) if rounds_as_with_gradient() else fp8_attention(q, k, v)
     if mask is None:
         backend = settled(backend, q.shape[1], k.shape[1], q.device, q.dtype)
     if backend in UNMASKED and (mask is not None or not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16)):
@@ -157,7 +156,9 @@ def attention_operators() -> frozenset[Any]:
     """
     names = ("flash_attention", "cudnn_attention", "efficient_attention", "flash_attention_for_cpu")
     fused = (getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names)
-    return frozenset((*fused, *flash_operators(), torch.ops.higher_order.flex_attention, META_OP))
+    return frozenset(
+        (*fused, *flash_operators(), fp8_attention_lse._opoverload, torch.ops.higher_order.flex_attention, META_OP)
+    )
 
 
 Fastest = Mapping[tuple[int, int], Backend]

@@ -45,14 +45,24 @@ def fp8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from sftk.functional.kernels.fp8_attention import attend  # triton, where it is used
 
         return attend(q, k, v)
-    rows = unpack(pack(q, "fp8"), q.dtype)
-    heads = [x.transpose(1, 2) for x in (rows, _by_tiles(k), _by_tiles(v))]
+    heads = [x.transpose(1, 2) for x in rounded_factors(q, k, v)]
     return F.scaled_dot_product_attention(heads[0], heads[1], heads[2]).transpose(1, 2).contiguous()
 
 
 @fp8_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q.new_empty(q.shape)
+
+
+def rounded_factors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the codes of `fp8_attention` stand for, in the dtypes and shapes of q, k and v.
+
+    Example:
+        >>> x = torch.full((1, 2, 1, 32), 3.0)
+        >>> [torch.equal(found, x) for found in rounded_factors(x, x, x)]
+        [True, True, True]
+    """
+    return unpack(pack(q, "fp8"), q.dtype), _by_tiles(k), _by_tiles(v)
 
 
 def _by_tiles(x: Tensor) -> Tensor:

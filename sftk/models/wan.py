@@ -25,6 +25,9 @@ from sftk.models.precision import upcast
 from sftk.models.rope import rope_table
 from sftk.models.trunk import BlockCall, Trunk, run_blocks
 
+FP8_TRAINING = 16384
+"""Tokens of a pass with gradient from which attention in fp8 pays: shorter ones would wait for the host."""
+
 
 class WanModel(nn.Module):
     """The backbone behind the model port (see `sftk.functional.Denoiser`).
@@ -36,7 +39,9 @@ class WanModel(nn.Module):
         config: its size.
         backend: attention backend, see `sftk.functional.attention`.
 
-    With `fp8_attention` set, self-attention without a mask and without gradient is `sftk.functional.fp8_attention`.
+    With `fp8_attention` set, self-attention without a mask and without gradient is `sftk.functional.fp8_attention`; with
+    `fp8_attention_trains`, too, it is `sftk.functional.fp8_attention_training` in passes with gradient over at least
+    `FP8_TRAINING` tokens.
 
     Source: Wan 2.1, arXiv 2503.20314; per-frame timesteps as in CausVid, arXiv 2412.07772.
 
@@ -52,7 +57,7 @@ class WanModel(nn.Module):
         super().__init__()
         self.config = config
         self.backend: Backend = backend
-        self.fp8_attention = False
+        self.fp8_attention = self.fp8_attention_trains = False
         self.exchange: ExchangeFor = one_rank
         self.trunk: Trunk = run_blocks
         self.ops: BlockOps = PLAIN
@@ -215,8 +220,11 @@ class WanModel(nn.Module):
     def _backends(self, mask: Mask, latents: Tensor, tokens: int, cache: KVCache | None) -> tuple[Kernel, Backend]:
         """Of self-attention and of cross-attention; settled here, so that no compiled block asks how many keys there are."""
         device = latents.device
-        differentiated = rounds_as_with_gradient() or forward_ad._current_level >= 0 or is_exact()
-        fp8 = self.fp8_attention and mask is None and not differentiated
+        trained = self.fp8_attention_trains and tokens >= FP8_TRAINING
+        rounds = (
+            mask is None and forward_ad._current_level < 0 and not is_exact() and (trained or not rounds_as_with_gradient())
+        )
+        fp8 = self.fp8_attention and rounds
         if device.type != "cuda":
             return "fp8" if fp8 else self.backend, self.backend
         dtype = self._product_dtype(device)

@@ -16,6 +16,7 @@ from sftk.core.graph import Graph
 from sftk.core.replay import Tape, replayed
 from sftk.data.builtins import ready_made
 from sftk.errors import CheckpointError
+from sftk.functional.flash import has_flash_4
 from sftk.models.branch import ClassifierBranch
 from sftk.models.held_linear import HalfLinear, hold_linears
 from sftk.models.wan import WanModel
@@ -247,7 +248,9 @@ def _equip(module: nn.Module, recipe: Recipe, role: str, device: torch.device) -
     """Gives a backbone the Triton kernels, and attention in fp8, where they are to be used."""
     if not isinstance(module, WanModel):
         return
-    module.fp8_attention = recipe.models[role].lowp.over(recipe.lowp).attention == "fp8"
+    lowp = recipe.models[role].lowp.over(recipe.lowp)
+    module.fp8_attention = lowp.attention == "fp8"
+    module.fp8_attention_trains = lowp.training == "fp8" and (device.type != "cuda" or has_flash_4())
     if fuses(recipe, device):
         from sftk.models.kernels.block_ops import TritonOps
 

@@ -25,7 +25,8 @@ class LowpSection:
             samples. A model may say otherwise for itself, see `ModelLowp`.
         training: these layers in calls with gradient: their product and the gradient of their input. The gradients of their
             weights are computed as they were.
-        attention: self-attention of the backbones in calls without gradient and without a mask: both of its products.
+        attention: self-attention of the backbones in calls without gradient and without a mask: both of its products. With
+            `training`, too, the forward pass of calls with gradient over many tokens.
         kv_cache: what the phases' parameter `kv_cache` is where they do not bind it.
     """
 

@@ -16,11 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sftk.core.numerics import as_with_gradient
 from sftk.errors import SpecError
 from sftk.functional import KVCache
 from sftk.functional.attention import attention, exact_derivatives
 from sftk.functional.fp8_attention import TILE, fp8_attention
-from sftk.models import WanConfig, WanModel
+from sftk.functional.fp8_attention_training import fp8_attention_lse
+from sftk.models import WanConfig, WanModel, wan
 from sftk.runtime.bench_cases import randomise_zeros
 
 FOUND = importlib.util.find_spec("triton") is not None and tuple(map(int, version("triton").split(".")[:2])) >= (3, 9)
@@ -71,15 +73,33 @@ def test_the_operator_says_what_it_returns():
     torch.library.opcheck(fp8_attention._opoverload, make(1, 5, 140), test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("keys", [TILE, 300])
+def test_gradients_are_close(keys):
+    """They are those of attention at the output that fp8 found."""
+    given = [x.requires_grad_() for x in make(2, 70, keys)]
+    wanted, found = exact(*given), attention(*given, backend="fp8")
+    assert torch.equal(found, fp8_attention(*given))
+    cotangent = torch.randn_like(found)
+    both = (torch.autograd.grad(out, given, cotangent.to(out.dtype)) for out in (found, wanted))
+    for name, one, other in zip("qkv", *both, strict=True):
+        assert 1e-4 < error(one, other.double()) < 0.15, name
+
+
+def test_the_trained_operator_says_what_it_returns():
+    given = [x.requires_grad_() for x in make(1, 5, 140)]
+    torch.library.opcheck(fp8_attention_lse._opoverload, given)
+    _, lse = fp8_attention_lse(*given)
+    q, k, _ = (x.detach().transpose(1, 2) for x in given)
+    torch.testing.assert_close(lse, (q @ k.mT / 32**0.5).logsumexp(-1), rtol=0.02, atol=0.02)
+
+
 def test_what_it_does_not_do():
     q, k, v = make(1, 4, 4)
-    with pytest.raises(SpecError, match="takes no mask and has no gradient"):
-        attention(q, k, v, backend="fp8")
     with torch.no_grad(), pytest.raises(SpecError, match="takes no mask"):
         attention(q, k, v, mask=torch.ones(4, 4, dtype=torch.bool), backend="fp8")
 
 
-def test_a_model_uses_it_without_gradient_alone():
+def test_a_model_uses_it_without_gradient_and_where_it_is_told_to_with(monkeypatch):
     torch.manual_seed(0)
     model = WanModel(CONFIG)
     randomise_zeros(model)
@@ -93,6 +113,14 @@ def test_a_model_uses_it_without_gradient_alone():
     with_gradient = call()
     model.fp8_attention = True
     assert torch.equal(call(), with_gradient)
+    model.fp8_attention_trains = True
+    assert torch.equal(call(), with_gradient)  # too few tokens
+    monkeypatch.setattr(wan, "FP8_TRAINING", 12)
+    with as_with_gradient(), torch.no_grad():
+        recorded = call()
+    assert torch.equal(call(), recorded)
+    assert 1e-5 < error(recorded, with_gradient.detach()) < 0.05
+    monkeypatch.undo()
     with torch.no_grad():
         assert 1e-5 < error(call(), plain) < 0.05
         assert torch.equal(call(cache=KVCache()), call())

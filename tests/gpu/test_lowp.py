@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from rounding_checks import fp8_linear
 
 from sftk.core.graph import Graph
+from sftk.functional.flash import has_flash_4
 from sftk.functional.fp8_attention import fp8_attention
+from sftk.functional.fp8_attention_training import fp8_attention_lse, fp8_training_attention
 from sftk.functional.fp8_rounding import fp8_gelu_rows, fp8_rows
 from sftk.functional.keys import Key
 from sftk.functional.packed import pack
@@ -135,6 +137,24 @@ def test_long_sums_keep_what_values_have_in_common(portable):
     form = kernel.TILES if portable else kernel.form_for(q.device, 128)
     exact = attended(q, k, v)
     assert (kernel.attend(q, k, v, form=form).float() - exact).norm() / exact.norm() < 0.01
+
+
+@pytest.mark.skipif(not has_flash_4(), reason="needs FlashAttention 4, which computes the gradients")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("shape", [(1, 4680, 9360, 2, 128), (2, 300, 1000, 3, 128)])
+def test_attention_in_fp8_has_gradients(shape, compiled):
+    torch.manual_seed(0)
+    batch, queries, keys, heads, dim = shape
+    given = [torch.randn(batch, n, heads, dim, device="cuda").bfloat16().requires_grad_() for n in (queries, keys, keys)]
+    call = torch.compile(fp8_training_attention, fullgraph=True) if compiled else fp8_training_attention
+    found, wanted = call(*given), attended(*given)
+    cotangent = torch.randn_like(found)
+    both = (torch.autograd.grad(out, given, cotangent.to(out.dtype)) for out in (found, wanted))
+    for name, one, other in zip("qkv", *both, strict=True):
+        assert 1e-3 < (one.float() - other.float()).norm() / other.float().norm() < 0.1, name
+    lse = fp8_attention_lse(*(x.detach() for x in given))[1]
+    q, k, _ = (x.detach().float().transpose(1, 2) for x in given)
+    torch.testing.assert_close(lse, (q @ k.mT / dim**0.5).logsumexp(-1), rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize("mode", ["eager", "aot_eager", "inductor"])

@@ -92,6 +92,17 @@ def parts_of_keys(programs: int, tiles: int, slots: int) -> int:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, form: Form | None = None) -> Tensor:
     """Softmax attention of q [B, Lq, H, D] over k and v [B, Lk, H, D] with fp8 products: [B, Lq, H, D], q's dtype."""
+    return _attended(q, k, v, form)[0]
+
+
+def attend_lse(q: Tensor, k: Tensor, v: Tensor, *, form: Form | None = None) -> tuple[Tensor, Tensor]:
+    """What `attend` returns, and the log-sum-exp of the scores, [B, H, Lq] float32."""
+    out, lses = _attended(q, k, v, form)
+    return out, torch.logsumexp(lses * math.log(2), dim=0)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, form: Form | None) -> tuple[Tensor, Tensor]:
+    """The output, and the log-sum-exps of each part of the keys, to the base 2."""
     form = form or form_for(q.device, q.shape[3])
     q, k, v = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (q, k, v))
     batch, queries, heads, dim = q.shape
@@ -105,8 +116,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, form: Form | None = None) -> Tens
     lses = torch.empty(parts, batch, heads, queries, dtype=torch.float32, device=q.device)
     form.run(*rounded, outs, lses, k.shape[1], part_tiles)
     if parts == 1:
-        return outs[0]
+        return outs[0], lses
     joined = torch.empty_like(outs[0])
     rows = batch * queries * heads
     _join[(triton.cdiv(rows, ROWS),)](outs, lses, joined, rows, queries, heads=heads, D=dim, PARTS=parts, R=ROWS)
-    return joined
+    return joined, lses

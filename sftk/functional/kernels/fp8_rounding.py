@@ -8,11 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sftk.functional.kernels.launch import warps_for
 from sftk.functional.packed import DTYPES, LARGEST, SMALLEST_SCALE, Packed
 
 TILE = (128, 64)
 """Rows and columns of a tile that is turned: it writes 128 codes of each column in one piece."""
+ELEMENTS = 128
+"""Of a row that a thread of `_by_row` holds at most: few warps for a row wait less for each other than many."""
 CHUNKS = 16
 """Parts of the rows of which each column's largest value is sought side by side."""
 
@@ -27,8 +28,8 @@ def _by_row(
     at = row.to(tl.int64) * width + channel
     value = tl.load(values + at, channel < width, 0.0).to(tl.float32)
     if GELU:
-        # (1 + tanh u) / 2 is the logistic function of 2 u, u = sqrt(2 / pi) (z + 0.044715 z^3).
-        value = value / (1 + tl.exp(-1.5957691216057308 * value * (1 + 0.044715 * value * value)))
+        # (1 + tanh u) / 2 is the logistic function of 2 u, u = sqrt(2 / pi) (z + 0.044715 z^3); here with powers of two.
+        value = value / (1 + tl.math.exp2(value * (-2.302208198144325 - 0.1029432395800235 * value * value)))
         value = value.to(values.dtype.element_ty).to(tl.float32)
     scale = tl.maximum(tl.div_rn(tl.max(tl.abs(value), 0), largest), smallest)
     tl.store(codes + at, (value * tl.div_rn(1.0, scale)).to(codes.dtype.element_ty), channel < width)
@@ -88,7 +89,7 @@ def round_rows(values: Tensor, *, gelu: bool = False, warps: int = 0) -> Packed:
     values = values.contiguous()
     rows, width = values.shape
     found, tile = _empty(rows, width, values), triton.next_power_of_2(width)
-    sizes = {"width": width, "WIDTH": tile, "GELU": gelu, "num_warps": warps or warps_for(tile)}
+    sizes = {"width": width, "WIDTH": tile, "GELU": gelu, "num_warps": warps or max(1, min(16, tile // (32 * ELEMENTS)))}
     _by_row[(rows,)](values, *found[:2], LARGEST["fp8"], SMALLEST_SCALE, **sizes)
     return found
 
