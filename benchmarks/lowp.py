@@ -30,6 +30,7 @@ from torch import Tensor
 from sftk.core.graph import Graph
 from sftk.functional.attention import available_backends
 from sftk.functional.keys import Key
+from sftk.models import wan
 from sftk.runtime.bench_cases import randomise_zeros
 from sftk.runtime.bench_measure import measure
 from sftk.runtime.build import Built, build_stage
@@ -64,6 +65,7 @@ def settings(compiled: bool) -> dict[str, list[str]]:
         "other": [*other, "compile=false"],
         "fp8_training": [*compile_, "lowp.training=fp8"],
         "fp8_attention": [*compile_, "lowp.attention=fp8"],
+        "fp8_both": [*compile_, "lowp={training: fp8, attention: fp8}"],
         "fp8_student": [*compile_, "models.generator.lowp.linears=fp8"],
         "fp8_scores": [*compile_, "models.real_score.lowp.linears=fp8", "models.fake_score.lowp.linears=fp8"],
         "fp8": [*compile_, "lowp.linears=fp8"],
@@ -172,6 +174,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
 
+    if options.tiny:
+        wan.FP8_TRAINING = 0  # as the real size has it
     device = pick_device(options.device)
     wanted = settings(device.type == "cuda" and not options.eager)
     chosen = [name for name in wanted if options.only is None or name in ("full", *options.only.split(","))]

@@ -9,12 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 
 from sftk.functional.fp8_attention import TILE
-from sftk.functional.kernels import fp8_attention_hopper as hopper
 
 
 class Driver:
@@ -26,7 +22,9 @@ class Driver:
     def get_current_stream(self, device: int) -> int:
         return 0
 
-    def get_current_target(self) -> GPUTarget:
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
         return GPUTarget("cuda", 90, 32)
 
 
@@ -44,6 +42,11 @@ class Compiled:
 
 
 def main(dim: int) -> None:
+    import triton  # where this is run: a suite without it imports the file, too
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    from sftk.functional.kernels import fp8_attention_hopper as hopper
+
     triton.runtime.driver.set_active(Driver())
     hopper._attend = Compiled(hopper._attend)
     (batch, queries, heads, tiles), codes = (2, 200, 3, 5), torch.float8_e4m3fn
