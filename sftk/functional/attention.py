@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from sftk.core.numerics import rounds_as_with_gradient
 from sftk.errors import ShapeError, SpecError
+from sftk.functional.apart import APART_OP
 from sftk.functional.attention_spans import Spans, attention_by_spans, token_spans
 from sftk.functional.flash import flash_attention, flash_operators, has_flash, has_flash_4
 from sftk.functional.fp8_attention import fp8_attention
@@ -156,9 +157,8 @@ def attention_operators() -> frozenset[Any]:
     """
     names = ("flash_attention", "cudnn_attention", "efficient_attention", "flash_attention_for_cpu")
     fused = (getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names)
-    return frozenset(
-        (*fused, *flash_operators(), fp8_attention_lse._opoverload, torch.ops.higher_order.flex_attention, META_OP)
-    )
+    ours = (APART_OP, fp8_attention_lse._opoverload, META_OP)
+    return frozenset((*fused, *flash_operators(), torch.ops.higher_order.flex_attention, *ours))
 
 
 Fastest = Mapping[tuple[int, int], Backend]

@@ -15,25 +15,25 @@ class SeenPairs:
 
 
 @torch.library.custom_op("sftk::meta_attention", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+def meta_forward(q: Tensor, k: Tensor, v: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
     raise NotImplementedError("meta_attention takes meta tensors")
 
 
 @torch.library.custom_op("sftk::meta_attention_backward", mutates_args=())
-def _backward(
+def meta_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     raise NotImplementedError("meta_attention takes meta tensors")
 
 
-@_forward.register_fake
+@meta_forward.register_fake
 def _(q, k, v, pairs):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(
         (q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device
     )
 
 
-@_backward.register_fake
+@meta_backward.register_fake
 def _(grad, q, k, v, out, lse, pairs):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
 
@@ -45,13 +45,13 @@ def _setup(ctx, inputs, output):
 
 
 def _vjp(ctx, grad, _):
-    return *_backward(grad, *ctx.saved_tensors, ctx.pairs), None
+    return *meta_backward(grad, *ctx.saved_tensors, ctx.pairs), None
 
 
-META_OP = _forward._opoverload
+META_OP = meta_forward._opoverload
 
 
-_forward.register_autograd(_vjp, setup_context=_setup)
+meta_forward.register_autograd(_vjp, setup_context=_setup)
 
 
 def meta_attention(q: Tensor, k: Tensor, v: Tensor, mask: SeenPairs | None) -> Tensor:
@@ -64,7 +64,7 @@ def meta_attention(q: Tensor, k: Tensor, v: Tensor, mask: SeenPairs | None) -> T
         torch.Size([1, 4, 2, 8])
     """
     pairs = q.shape[1] * k.shape[1] if mask is None else mask.pairs
-    return _forward(q, k, v, pairs)[0]
+    return meta_forward(q, k, v, pairs)[0]
 
 
 FORWARD_OP, BACKWARD_OP = "sftk::meta_attention", "sftk::meta_attention_backward"

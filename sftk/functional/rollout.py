@@ -167,5 +167,10 @@ def join_blocks(x0_blocks: tuple[Tensor, ...], initial_latents: Tensor | None = 
         >>> join_blocks(blocks).shape, join_blocks(blocks, output_frames=3).mean()
         (torch.Size([1, 6, 1]), tensor(1.))
     """
-    joined = torch.cat([*(() if initial_latents is None else (initial_latents,)), *x0_blocks], dim=1)
-    return joined if output_frames is None else joined[:, -output_frames:]
+    blocks = [*(() if initial_latents is None else (initial_latents,)), *x0_blocks]
+    if output_frames is None:
+        return torch.cat(blocks, dim=1)
+    # What lies before is left out, not cut off: it would get gradients of zeros, for which a replay runs its step again.
+    while sum(block.shape[1] for block in blocks[1:]) >= output_frames:
+        del blocks[0]
+    return torch.cat(blocks, dim=1)[:, -output_frames:]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sftk.functional.apart import attention_apart
 from sftk.functional.attention import Backend, Kernel, Mask, attention
 from sftk.functional.cache import LayerKV
 from sftk.functional.exchange import Exchange, OneRank
-from sftk.functional.packed import unpack
 from sftk.functional.rooms import CachedKV
 from sftk.models.block_ops import BlockOps, gated
 from sftk.models.config import WanConfig
+from sftk.models.past import cached, joined, written
 from sftk.models.precision import upcast
 from sftk.models.projections import projections
 from sftk.models.rope import rotate
@@ -107,6 +108,7 @@ class Block(nn.Module):
         past: tuple[CachedKV, ...],
         past_rope: tuple[Tensor, Tensor] | None,
         joint: bool,
+        apart: bool,
         mask: Mask,
         backend: Kernel,
         text_backend: Backend,
@@ -116,8 +118,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, LayerKV | None]:
         """One block; the arguments are those of a `BlockCall`, for one layer.
 
-        The chunks of `past` are joined here, so that an activation checkpoint remembers the chunks, which blocks share, and no
-        copies.
+        The chunks of `past` are joined here, if at all, so that an activation checkpoint remembers the chunks, which blocks
+        share, and no copies.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (upcast(self.modulation)[None] + time).unbind(dim=2)
         y, attn = ops.modulate(x, shift1, scale1, self.eps), self.self_attn
@@ -131,8 +133,14 @@ class Block(nn.Module):
             unrotated = k
             q, k = rotate(q, *rope), rotate(k, *rope)
             stored = k if past_rope is None else unrotated
-        k_all, v_all = _written(past, k, v) if joint else _joined(past, k, v, past_rope)
-        y = exchange.to_tokens(attention(q, k_all, v_all, mask=mask, backend=backend))
+        if apart:  # before anything is written: a compiled block would copy what it reads of the same memory afterwards
+            y = attention_apart(q, k, v, cached(past, k.shape[1] if joint else 0))
+            if joint:
+                written(past, k, v)
+        else:
+            k_all, v_all = written(past, k, v) if joint else joined(past, k, v, past_rope)
+            y = attention(q, k_all, v_all, mask=mask, backend=backend)
+        y = exchange.to_tokens(y)
         x, y = ops.gated_norm(x, attn.o(y.flatten(2)), gate1, self.norm3)
 
         if text_kv is None:
@@ -144,27 +152,6 @@ class Block(nn.Module):
 
         x = gated(x, ops.feed_forward(self.ffn, y), gate2)
         return x, ((stored, v, *text_kv) if keep_kv else None)
-
-
-def _joined(past: tuple[CachedKV, ...], k: Tensor, v: Tensor, past_rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Cached keys and values and those of a pass, as copies."""
-    if not past:
-        return k, v
-    past_k = [unpack(chunk[0], k.dtype) for chunk in past]
-    if past_rope is not None:
-        past_k = [rotate(torch.cat(past_k, dim=1), *past_rope)]
-    past_v = (unpack(chunk[1], v.dtype) for chunk in past)
-    return torch.cat([*past_k, k], dim=1), torch.cat([*past_v, v], dim=1)
-
-
-def _written(past: tuple[CachedKV, ...], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Cached keys and values with those of a pass written into the space behind them."""
-    ((k_all, v_all),) = past
-    assert isinstance(k_all, Tensor) and isinstance(v_all, Tensor)
-    start = k_all.shape[1] - k.shape[1]
-    k_all[:, start:] = k
-    v_all[:, start:] = v
-    return k_all, v_all
 
 
 class Head(nn.Module):

@@ -26,6 +26,7 @@ class BlockCall:
         text: [B, T, width], or None when `text_kv` has k, v of each layer.
         past: cached k, v of each layer, [B, P_i, H, D] of each chunk; of all tokens, and this rank's heads.
         joint: the only chunk goes on behind the cached tokens, with space for this pass's own, which blocks write there.
+        apart: attend to what is cached and to the pass's own keys without joining them, see `attends_apart`.
         mask: who sees whom.
         backend, text_backend: of self-attention and of cross-attention.
         keep_kv: return keys and values.
@@ -40,6 +41,7 @@ class BlockCall:
     text_kv: tuple[tuple[Tensor, Tensor], ...] | None
     past: tuple[tuple[CachedKV, ...], ...]
     joint: bool
+    apart: bool
     mask: Mask
     backend: Kernel
     text_backend: Backend
@@ -85,6 +87,7 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, call: BlockCall, wanted: Collec
             past,
             call.past_rope,
             call.joint,
+            call.apart,
             call.mask,
             call.backend,
             call.text_backend,

@@ -18,9 +18,11 @@ from sftk.functional.cache_fit import check_cache
 from sftk.functional.exchange import Exchange, ExchangeFor, one_rank
 from sftk.functional.free_space import FreeSpace
 from sftk.functional.layout import Layout, check_layout
+from sftk.functional.rooms import CachedKV
 from sftk.models.block_ops import PLAIN, BlockOps
 from sftk.models.config import WanConfig
 from sftk.models.layers import Block, Head, IntervalEmbedding, reset_linear_layers, sinusoidal_embedding
+from sftk.models.past import attends_apart
 from sftk.models.precision import upcast
 from sftk.models.rope import rope_table
 from sftk.models.trunk import BlockCall, Trunk, run_blocks
@@ -155,6 +157,7 @@ class WanModel(nn.Module):
             text_kv=text_kv,
             past=past if space is None else tuple((layer,) for layer in space.layers),
             joint=space is not None,
+            apart=past_rope is None and self._apart(past, own, latents.device),
             mask=mask,
             backend=own,
             text_backend=cross,
@@ -217,6 +220,11 @@ class WanModel(nn.Module):
         batch, frames = latents.shape[:2]
         return free_space(cache, frames, batch=batch, tokens=tokens, dtype=self._product_dtype(latents.device))
 
+    def _apart(self, past: tuple[tuple[CachedKV, ...], ...], backend: Kernel, device: torch.device) -> bool:
+        """Whether blocks attend to what is cached without joining it: where a pass has gradient, or rounds as if it had."""
+        plain = forward_ad._current_level < 0 and not is_exact() and torch._C._functorch.maybe_current_level() is None  # pyright: ignore
+        return plain and rounds_as_with_gradient() and attends_apart(past, backend, self._product_dtype(device))
+
     def _backends(self, mask: Mask, latents: Tensor, tokens: int, cache: KVCache | None) -> tuple[Kernel, Backend]:
         """Of self-attention and of cross-attention; settled here, so that no compiled block asks how many keys there are."""
         device = latents.device
@@ -244,7 +252,10 @@ class WanModel(nn.Module):
 
     def _product_dtype(self, device: torch.device) -> torch.dtype:
         """Of linear layers' outputs, and so of keys and values."""
-        cast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+        if device.type == "meta":  # which has no autocast; what stands for it there (in `sftk plan`) changes linear layers
+            nothing = torch.empty(0, 0, dtype=self._dtype, device=device)
+            return F.linear(nothing, nothing).dtype
+        cast = torch.is_autocast_enabled(device.type)
         return torch.get_autocast_dtype(device.type) if cast else self._dtype
 
     def _patches(self, latents: Tensor) -> Tensor:

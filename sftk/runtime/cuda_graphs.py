@@ -77,7 +77,7 @@ def release_room_memory() -> None:
 
 @attrs.frozen(eq=False)
 class _Recorded:
-    """A graph, and the tensors in which it leaves its results."""
+    """A graph, and the tensors in which it leaves its results: hidden states where all graphs of their shape leave them."""
 
     graph: Any
     x: Tensor
@@ -165,12 +165,13 @@ class GraphedTrunk:
     def _record(self, blocks: nn.ModuleList, x: Tensor, call: BlockCall) -> _Recorded:
         """Captures a pass; it runs when the graph is replayed."""
         global _captured
-        graph = torch.cuda.CUDAGraph()
+        graph, kept = torch.cuda.CUDAGraph(), self._place("out", x)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
             # Other threads (of data loaders, checkpoints) may go on calling CUDA.
             with _own_casts(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 out, kv, _ = run_blocks(blocks, x, call)
+                kept.copy_(out)
         except Exception as error:
             reason = str(error).strip().splitlines()[:1]
             raise SftkError(
@@ -178,7 +179,7 @@ class GraphedTrunk:
                 f"{''.join(reason)}); set cuda_graphs: false in the recipe"
             ) from error
         _captured += 1
-        return _Recorded(graph, out, kv)
+        return _Recorded(graph, kept, kv)
 
 
 @contextmanager

@@ -66,7 +66,7 @@ class MeasuredBlock(nn.Module):
         if key not in self.costs:
             self.costs[key] = self._measure(leaves, structure, grad)
         cost, trace = self.costs[key], self.active.trace
-        if trace.caching and trains and self.cast_elements and not (grad and cost.kept):
+        if trace.caching and trains and self.cast_elements and not (grad and cost.held):
             trace.casts.setdefault(id(self), torch.empty(self.cast_elements, dtype=torch.bfloat16, device="meta"))
         tensors = [t for t in leaves if isinstance(t, Tensor)]
         if grad and (trains or any(t.requires_grad for t in tensors)):
@@ -99,6 +99,8 @@ class MeasuredBlock(nn.Module):
         fresh = [root.clone() for root in roots]
         inputs = {t.untyped_storage()._cdata: index for index, t in enumerate(fresh)}
         alive = [weakref.ref(t.untyped_storage()) for t in fresh]
+        for tensor in fresh:
+            trace.given(tensor)
         given: list[Any] = list(leaves)
         for index, place in enumerate(places):
             given[place] = fresh[index]

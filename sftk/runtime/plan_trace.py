@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from sftk.functional.apart import BODIES
 from sftk.functional.meta_attention import BACKWARD_OP, FORWARD_OP, attention_flops
 
 ALL_TO_ALL, WAIT = "_c10d_functional::all_to_all_single", "_c10d_functional::wait_tensor"
@@ -98,6 +99,9 @@ class Trace(TorchDispatchMode):
         self.gradient_bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in BODIES:  # counts what it is made of
+            with self:
+                return BODIES[func](*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         if not self.paused:
             self._count(func, args, kwargs or {}, out)
@@ -148,6 +152,12 @@ class Trace(TorchDispatchMode):
         """Leaves a module's weights out, whose views would else be taken for new tensors."""
         for parameter in module.parameters():
             self.seen[parameter.untyped_storage()._cdata] = None
+
+    def given(self, tensor: Tensor) -> None:
+        """Leaves a tensor out that was there before, whose views would else be taken for new ones."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        self.seen[key] = weakref.ref(storage, lambda _: self.seen.pop(key, None))
 
     def spike(self, size: int) -> None:
         """Notes that `size` more bytes were alive for a moment."""

@@ -6,6 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
+from sftk.functional.apart import attention_apart
 from sftk.functional.attention import UNMASKED, attention, attention_mask, available_backends, exact_derivatives
 from sftk.functional.keys import Key
 from sftk.functional.layout import Layout
@@ -94,6 +95,50 @@ def test_keys_are_attended_to_in_halves(compiled):
             found = call(q, k, v)
         assert (found.float() - exact).norm() / exact.norm() < 1e-2, keys
         assert "sftk::flash_split_kv" in {event.key for event in recorded.key_averages()}
+    assert len(graphs) == compiled
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_long_contexts_are_attended_to_where_they_lie(compiled):
+    """In chunks, one the start of a longer buffer; gradients are those in float32, and nothing of its length is made."""
+    if "flash_split_kv" not in available_backends():
+        pytest.skip("FlashAttention 4 is not installed")
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, example):
+        from torch._inductor.compile_fx import compile_fx
+
+        graphs.append(graph)
+        return compile_fx(graph, example)
+
+    def attend(q, k, v, past):
+        return attention_apart(q, k, v, past).flatten(2) * 2
+
+    call = torch.compile(attend, backend=count, fullgraph=True, dynamic=False) if compiled else attend
+    generator = torch.Generator("cuda").manual_seed(0)
+    own = [torch.randn(1, 600, 3, 128, device="cuda", generator=generator).bfloat16().requires_grad_() for _ in range(3)]
+    sink, *buffers = (torch.randn(1, n, 3, 128, device="cuda", generator=generator).bfloat16() for n in (512, 65536, 65536))
+    c = torch.randn(1, 600, 3 * 128, device="cuda", generator=generator)
+    for keys in (40000, 45001, 65536):
+        past = [(sink, sink), tuple(buffer[:, :keys] for buffer in buffers)]
+        for tensor in past[1]:
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        exact = [x.detach().float().requires_grad_() for x in own]
+        joined = [torch.cat([sink, old, new], dim=1) for old, new in zip(past[1], exact[1:], strict=True)]
+        reference = attention(exact[0], *joined, backend="math").flatten(2) * 2
+        reference = (reference.detach(), *torch.autograd.grad((reference * c).sum(), exact))
+        del joined
+        torch.autograd.grad(call(*own, past).float().sum(), own)  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = call(*own, past)
+        found = (out.detach(), *torch.autograd.grad((out * c).sum(), own))
+        peak = torch.cuda.max_memory_allocated() - before
+        assert peak < 2 * buffers[0].nbytes * keys / 65536
+        for ours, right in zip(found, reference, strict=True):
+            assert (ours.float() - right).norm() / right.norm() < 1e-2, keys
     assert len(graphs) == compiled
 
 

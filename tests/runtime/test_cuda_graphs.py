@@ -24,7 +24,7 @@ def call_of(chunk):
     """A pass behind one layer's chunk."""
     return BlockCall(
         time=TABLE, rope=(TABLE, TABLE), past_rope=None, text=None, text_kv=None, past=(chunk,), joint=True, mask=None,
-        backend="sdpa", text_backend="sdpa", keep_kv=False, exchange=OneRank(), ops=PLAIN,
+        backend="sdpa", text_backend="sdpa", keep_kv=False, apart=False, exchange=OneRank(), ops=PLAIN,
     )  # fmt: skip
 
 
@@ -62,12 +62,37 @@ class Casts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_graph_casts_weights_itself_in_a_caller_s_autocast(make_model, monkeypatch):
-    """Neither what autocast keeps from before is in it, nor does it leave casts in its own memory for later passes."""
+@pytest.fixture
+def captures(monkeypatch):
+    """What is captured runs."""
     monkeypatch.setattr(torch.cuda, "graph", lambda *args, **options: nullcontext())
     monkeypatch.setattr(cuda_graphs, "_captured", 0)  # is as it was afterwards
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+
+def test_all_graphs_leave_hidden_states_in_one_place(make_model, captures):
+    """Else a rollout's memory would grow with the number of its graphs. Two passes give what they give without graphs."""
+    model, outs, recorded = make_model(torch.float32), [], []
+
+    def passed(blocks, x, call, wanted=()):
+        plain = run_blocks(blocks, x, call)
+        outs.append(plain[0])
+        recorded.append(trunk._record(blocks, x, call))
+        assert torch.equal(recorded[-1].x, plain[0])
+        return plain
+
+    trunk, model.trunk = GraphedTrunk(model), passed
+    with torch.no_grad():
+        for seed in range(2):
+            latents = torch.randn(1, 3, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
+            model(latents, torch.zeros(1, 3), torch.zeros(1, 4, 8), cache=KVCache())
+    assert not torch.equal(*outs)
+    assert recorded[0].x.data_ptr() == recorded[1].x.data_ptr()
+
+
+def test_a_graph_casts_weights_itself_in_a_caller_s_autocast(make_model, captures):
+    """Neither what autocast keeps from before is in it, nor does it leave casts in its own memory for later passes."""
     model = make_model(torch.float32)
     trunk = GraphedTrunk(model)
     linears = [module for module in model.blocks.modules() if isinstance(module, torch.nn.Linear)]
