@@ -30,7 +30,7 @@ from torch import Tensor
 from sftk.core.graph import Graph
 from sftk.functional.attention import available_backends
 from sftk.functional.keys import Key
-from sftk.models import wan
+from sftk.models import pass_kind
 from sftk.runtime.bench_cases import randomise_zeros
 from sftk.runtime.bench_measure import measure
 from sftk.runtime.build import Built, build_stage
@@ -175,7 +175,7 @@ def main() -> None:
     options = parser.parse_args()
 
     if options.tiny:
-        wan.FP8_TRAINING = 0  # as the real size has it
+        pass_kind.FP8_TRAINING = 0  # as the real size has it
     device = pick_device(options.device)
     wanted = settings(device.type == "cuda" and not options.eager)
     chosen = [name for name in wanted if options.only is None or name in ("full", *options.only.split(","))]

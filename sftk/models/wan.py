@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from sftk.core.numerics import rounds_as_with_gradient
 from sftk.errors import ShapeError
-from sftk.functional.attention import Backend, Kernel, Mask, attention_mask, is_exact, settled
+from sftk.functional.attention import Backend, attention_mask
 from sftk.functional.cache import KVCache, LayerKV, free_space
 from sftk.functional.cache_fit import check_cache
 from sftk.functional.exchange import Exchange, ExchangeFor, one_rank
-from sftk.functional.free_space import FreeSpace
 from sftk.functional.layout import Layout, check_layout
-from sftk.functional.rooms import CachedKV
 from sftk.models.block_ops import PLAIN, BlockOps
 from sftk.models.config import WanConfig
 from sftk.models.layers import Block, Head, IntervalEmbedding, reset_linear_layers, sinusoidal_embedding
-from sftk.models.past import attends_apart
+from sftk.models.pass_kind import PassKind
 from sftk.models.precision import upcast
 from sftk.models.rope import rope_table
 from sftk.models.trunk import BlockCall, Trunk, run_blocks
-
-FP8_TRAINING = 16384
-"""Tokens of a pass with gradient from which attention in fp8 pays: shorter ones would wait for the host."""
 
 
 class WanModel(nn.Module):
@@ -43,7 +35,7 @@ class WanModel(nn.Module):
 
     With `fp8_attention` set, self-attention without a mask and without gradient is `sftk.functional.fp8_attention`; with
     `fp8_attention_trains`, too, it is `sftk.functional.fp8_attention_training` in passes with gradient over at least
-    `FP8_TRAINING` tokens.
+    `pass_kind.FP8_TRAINING` tokens.
 
     Source: Wan 2.1, arXiv 2503.20314; per-frame timesteps as in CausVid, arXiv 2412.07772.
 
@@ -146,8 +138,11 @@ class WanModel(nn.Module):
 
         rope, past_rope = self._rope(latents, cache, positions, frames, height, width)
         mask = attention_mask(layout, height * width, latents.device, self.backend)
-        own, cross = self._backends(mask, latents, frames * height * width, cache)
-        space = self._space(cache, latents, height * width, mask, past_rope)
+        kind = self._kind(latents, height * width, cache, masked=mask is not None)
+        kernel = kind.attention(self.backend, fp8=self.fp8_attention, trains=self.fp8_attention_trains)
+        space = None
+        if cache is not None and past_rope is None and kind.writes:
+            space = free_space(cache, frames, batch=latents.shape[0], tokens=height * width, dtype=kind.dtype)
         past = () if cache is None else tuple(cache.parts(i) for i in range(len(self.blocks)))
         call = BlockCall(
             time=modulation,
@@ -157,13 +152,13 @@ class WanModel(nn.Module):
             text_kv=text_kv,
             past=past if space is None else tuple((layer,) for layer in space.layers),
             joint=space is not None,
-            apart=past_rope is None and self._apart(past, own, latents.device),
+            apart=past_rope is None and kind.apart(past, kernel),
             mask=mask,
-            backend=own,
-            text_backend=cross,
+            backend=kernel,
+            text_backend=kind.text_attention(self.backend, self.config.text_len),
             keep_kv=cache is not None and space is None,
             exchange=exchange,
-            ops=self._ops(latents, frames * height * width),
+            ops=kind.ops(self.ops) if self.config.qk_norm and self.config.cross_attn_norm else PLAIN,
         )
         wanted = tuple(self._layer_index(i) for i in features_at)
         x, kv, hidden = self.trunk(self.blocks, x, call, wanted)
@@ -210,41 +205,11 @@ class WanModel(nn.Module):
                 head_dim=self.config.head_dim,
             )
 
-    def _space(self, cache: KVCache | None, latents: Tensor, tokens: int, mask: Mask, past_rope: Any) -> FreeSpace | None:
-        """Where a pass that nobody differentiates may write its keys and values, behind those in the cache."""
-        differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0 or is_exact()
-        # Where somebody traces the model or maps it over samples, nothing is written to what is not the trace's own.
-        traced = torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None  # pyright: ignore
-        if cache is None or differentiated or traced or mask is not None or past_rope is not None:
-            return None
-        batch, frames = latents.shape[:2]
-        return free_space(cache, frames, batch=batch, tokens=tokens, dtype=self._product_dtype(latents.device))
-
-    def _apart(self, past: tuple[tuple[CachedKV, ...], ...], backend: Kernel, device: torch.device) -> bool:
-        """Whether blocks attend to what is cached without joining it: where a pass has gradient, or rounds as if it had."""
-        plain = forward_ad._current_level < 0 and not is_exact() and torch._C._functorch.maybe_current_level() is None  # pyright: ignore
-        return plain and rounds_as_with_gradient() and attends_apart(past, backend, self._product_dtype(device))
-
-    def _backends(self, mask: Mask, latents: Tensor, tokens: int, cache: KVCache | None) -> tuple[Kernel, Backend]:
-        """Of self-attention and of cross-attention; settled here, so that no compiled block asks how many keys there are."""
-        device = latents.device
-        trained = self.fp8_attention_trains and tokens >= FP8_TRAINING
-        rounds = (
-            mask is None and forward_ad._current_level < 0 and not is_exact() and (trained or not rounds_as_with_gradient())
-        )
-        fp8 = self.fp8_attention and rounds
-        if device.type != "cuda":
-            return "fp8" if fp8 else self.backend, self.backend
-        dtype = self._product_dtype(device)
-        keys = tokens + (0 if cache is None else cache.frames * tokens // max(latents.shape[1], 1))
-        own = self.backend if mask is not None else settled(self.backend, tokens, keys, device, dtype)
-        return "fp8" if fp8 else own, settled(self.backend, tokens, self.config.text_len, device, dtype)
-
-    def _ops(self, latents: Tensor, tokens: int) -> BlockOps:
-        """What computes between the products of a pass: `ops` where it can, and where it pays."""
-        half = latents.device.type == "cuda" and self._product_dtype(latents.device) in (torch.bfloat16, torch.float16)
-        able = half and not is_exact() and forward_ad._current_level < 0 and self.config.qk_norm and self.config.cross_attn_norm
-        return self.ops if able and (tokens >= self.ops.worth or not rounds_as_with_gradient()) else PLAIN
+    def _kind(self, latents: Tensor, tokens: int, cache: KVCache | None, *, masked: bool) -> PassKind:
+        """What is known of a pass whose frames have so many tokens."""
+        cached = 0 if cache is None else cache.frames * tokens
+        dtype = self._product_dtype(latents.device)
+        return PassKind(device=latents.device, dtype=dtype, tokens=latents.shape[1] * tokens, cached=cached, masked=masked)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -22,7 +22,7 @@ from sftk.functional import KVCache
 from sftk.functional.attention import attention, exact_derivatives
 from sftk.functional.fp8_attention import TILE, fp8_attention
 from sftk.functional.fp8_attention_training import fp8_attention_lse
-from sftk.models import WanConfig, WanModel, wan
+from sftk.models import WanConfig, WanModel, pass_kind
 from sftk.runtime.bench_cases import randomise_zeros
 
 FOUND = importlib.util.find_spec("triton") is not None and tuple(map(int, version("triton").split(".")[:2])) >= (3, 9)
@@ -115,7 +115,7 @@ def test_a_model_uses_it_without_gradient_and_where_it_is_told_to_with(monkeypat
     assert torch.equal(call(), with_gradient)
     model.fp8_attention_trains = True
     assert torch.equal(call(), with_gradient)  # too few tokens
-    monkeypatch.setattr(wan, "FP8_TRAINING", 12)
+    monkeypatch.setattr(pass_kind, "FP8_TRAINING", 12)
     with as_with_gradient(), torch.no_grad():
         recorded = call()
     assert torch.equal(call(), recorded)

@@ -13,7 +13,7 @@ from sftk.functional.attention import exact_derivatives
 from sftk.functional.cache import KVCache, append
 from sftk.functional.keys import Key
 from sftk.functional.packed import pack
-from sftk.models import past, wan
+from sftk.models import pass_kind, past
 from sftk.models.past import APART_FROM, attends_apart
 from sftk.runtime.parallelize import parallelize
 
@@ -33,7 +33,7 @@ def count(monkeypatch):
 
     monkeypatch.setattr(past, "APART_FROM", FRAME)
     monkeypatch.setattr(apart, "PIECE", 7)
-    monkeypatch.setattr(wan, "attends_apart", decide)
+    monkeypatch.setattr(pass_kind, "attends_apart", decide)
     return passes
 
 

@@ -6,7 +6,6 @@ import functools
 import importlib
 import json
 import re
-from types import SimpleNamespace
 
 import attrs
 import pytest
@@ -18,6 +17,7 @@ from sftk.functional.attention import attention, attention_mask, automatic, set_
 from sftk.functional.attention_spans import Spans
 from sftk.functional.layout import Layout
 from sftk.models import preset
+from sftk.models.pass_kind import PassKind
 from sftk.runtime import attention_auto, attention_choice
 from sftk.runtime.attention_auto import settle_attention
 from sftk.runtime.attention_choice import Choice, choice_file, choose, find_choice, save_choice, use_choice
@@ -150,7 +150,7 @@ def test_the_fastest_exact_backend_is_chosen_kept_and_used(tmp_path, monkeypatch
     assert auto(FULL) == {("forward", *FULL): "sdpa", ("training", *FULL): "sdpa"}
 
 
-def test_a_pass_over_all_frames_and_a_late_block_differ(auto, make_model):
+def test_a_pass_over_all_frames_and_a_late_block_differ(auto):
     """They have the same number of keys; training never takes what only calls without gradient have."""
     rows = [row("full", "flash", 1, 2), row("full", "flash_split_kv", 1.02, 1), row("full", "sdpa", 2, 3)]
     rows += [row("cached 6", "flash", 1.09, 1), row("cached 6", "flash_split_kv", 1, 0.5), row("cached 6", "sdpa", 2, 2)]
@@ -170,13 +170,14 @@ def test_a_pass_over_all_frames_and_a_late_block_differ(auto, make_model):
         ("training", *FULL): "flash",
         ("training", 4680, 28080): "flash",
     }
-    model = make_model(torch.bfloat16, text_len=512)
-    latents = SimpleNamespace(device=torch.device("cuda"), shape=(1, 3))
-    past = SimpleNamespace(frames=15)
+    shape = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "masked": False}
+    block = PassKind(tokens=4680, cached=15 * 1560, **shape)
+    whole = PassKind(tokens=32760, cached=0, **shape)
     with torch.no_grad():
-        assert model._backends(None, latents, 4680, past) == ("flash_split_kv", "sdpa")
-        assert model._backends(None, latents, 32760, None) == ("flash", "sdpa")
-    assert model._backends(None, latents, 4680, past) == ("flash", "sdpa")
+        assert block.attention("auto", fp8=False, trains=False) == "flash_split_kv"
+        assert whole.attention("auto", fp8=False, trains=False) == "flash"
+        assert block.text_attention("auto", 512) == whole.text_attention("auto", 512) == "sdpa"
+    assert block.attention("auto", fp8=False, trains=False) == "flash"
 
 
 def test_what_is_measured_without_gradient_is_exact_there_too():

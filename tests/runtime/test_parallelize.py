@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sftk.core import Graph
 from sftk.functional import Key
 from sftk.functional.attention import attention_operators
-from sftk.models import WanModel
+from sftk.models.pass_kind import PassKind
 from sftk.models.products import product_operators
 from sftk.runtime.activations import Checkpoint
 from sftk.runtime.parallelize import RECOMPILE_LIMIT, limit_recompiles, parallelize
@@ -140,11 +140,10 @@ def test_a_rollout_of_any_length_has_four_graphs(make_model, dynamo, kind, block
 def test_each_further_backend_is_a_graph_at_any_length(make_model, dynamo, monkeypatch, blocks):
     """As on CUDA, where `auto` may take another one for blocks after a long context, without gradient."""
 
-    def backends(model, mask, latents, tokens, cache):
-        late = cache is not None and cache.frames >= 6 and not torch.is_grad_enabled()
-        return "math" if late else "sdpa", "sdpa"
+    def late(kind, backend, **fp8):
+        return "math" if kind.cached >= 2 * kind.tokens and not torch.is_grad_enabled() else "sdpa"
 
-    monkeypatch.setattr(WanModel, "_backends", backends)
+    monkeypatch.setattr(PassKind, "attention", late)
     assert graphs_of_a_rollout(make_model(), "none", blocks) == 5
 
 
