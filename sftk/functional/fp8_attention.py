@@ -55,7 +55,15 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def rounded_factors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the codes of `fp8_attention` stand for, in the dtypes and shapes of q, k and v.
+    """What the codes of `fp8_attention` stand for.
+
+    Args:
+        q: [B, Lq, H, D]. k, v: [B, Lk, H, D].
+
+    Returns:
+        q, k, v in their shapes and dtypes, rounded.
+
+    Source: as for `fp8_attention`.
 
     Example:
         >>> x = torch.full((1, 2, 1, 32), 3.0)

@@ -66,19 +66,27 @@ def test_unmasked_backends_are_exact_with_their_gradients(backend, shape, batch)
     assert max(row["errors"].values()) < 1e-2
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_keys_are_attended_to_in_halves(compiled):
-    """Keys are the first ones of a longer buffer, of any number, halved without a copy; one graph serves all of them."""
-    if "flash_split_kv" not in available_backends():
-        pytest.skip("FlashAttention 4 is not installed")
-    torch._dynamo.reset()
+@pytest.fixture
+def counted():
+    """The graphs that were compiled, and Inductor as a backend that notes them."""
+    from torch._inductor.compile_fx import compile_fx
+
     graphs = []
 
     def count(graph, example):
-        from torch._inductor.compile_fx import compile_fx
-
         graphs.append(graph)
         return compile_fx(graph, example)
+
+    torch._dynamo.reset()
+    return graphs, count
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_keys_are_attended_to_in_halves(compiled, counted):
+    """Keys are the first ones of a longer buffer, of any number, halved without a copy; one graph serves all of them."""
+    if "flash_split_kv" not in available_backends():
+        pytest.skip("FlashAttention 4 is not installed")
+    graphs, count = counted
 
     def attend(q, k, v):
         return attention(q, k, v, backend="flash_split_kv").flatten(2) * 2
@@ -99,18 +107,11 @@ def test_keys_are_attended_to_in_halves(compiled):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_long_contexts_are_attended_to_where_they_lie(compiled):
+def test_long_contexts_are_attended_to_where_they_lie(compiled, counted):
     """In chunks, one the start of a longer buffer; gradients are those in float32, and nothing of its length is made."""
     if "flash_split_kv" not in available_backends():
         pytest.skip("FlashAttention 4 is not installed")
-    torch._dynamo.reset()
-    graphs = []
-
-    def count(graph, example):
-        from torch._inductor.compile_fx import compile_fx
-
-        graphs.append(graph)
-        return compile_fx(graph, example)
+    graphs, count = counted
 
     def attend(q, k, v, past):
         return attention_apart(q, k, v, past).flatten(2) * 2
